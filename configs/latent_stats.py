@@ -1,0 +1,47 @@
+r"""Mean and variance of an encoder's latents, one pass over the training images.
+
+    rae-jax train --config configs/latent_stats.py:VARIANT --workdir runs/stats \
+        --config.encoder.weights=runs/ldae
+
+Variants: vit_b; momentum, the official script's running average; photos; folder;
+smoke.
+"""
+
+from ml_collections import ConfigDict
+
+from rae_jax import blocks, config
+
+VARIANTS = {
+    "vit_b": {},
+    "momentum": dict(
+        mode="momentum", both_orientations=False, data=dict(flip=True, batch_size=256)
+    ),
+    "photos": dict(
+        both_orientations=False,
+        data=blocks.photos(batch_size=64),
+        encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
+        every=dict(log=20, checkpoint=20),
+    ),
+    "folder": dict(
+        inherits="photos",
+        both_orientations=True,
+        data=dict(source="class_folder", path="data/my_images"),
+    ),
+    "smoke": dict(
+        num_steps=3,
+        data=blocks.synthetic(),
+        encoder=dict(weights="random", sizes=blocks.SMOKE_SIZES),
+        every=dict(log=1, checkpoint=2, evaluate=3),
+    ),
+}
+
+
+def get_config(variant: str = "vit_b") -> ConfigDict:
+    """Returns the config of a variant."""
+    c = blocks.run("latent_stats", num_steps=0)  # 0: one pass.
+    c.mode = "exact"
+    c.momentum = 0.1
+    c.both_orientations = True  # Counts every image and its mirror image.
+    c.data = blocks.data(flip=False, batch_size=512)
+    c.encoder = blocks.encoder("runs/ldae")
+    return config.apply_variant(c, VARIANTS, variant)

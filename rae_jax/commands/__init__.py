@@ -1,0 +1,1 @@
+"""The verbs of the `rae-jax` command, one module each."""

@@ -1,0 +1,57 @@
+"""Images side by side in one PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+GAP = 2
+ZOOM = 2
+
+
+def save_rows(path: Path, rows: Sequence[np.ndarray], *, zoom: int = ZOOM) -> None:
+    """Writes one row of pictures per array, atomically.
+
+    Args:
+        path: PNG file.
+        rows: Arrays (b, h, w, 3), uint8 or float in [0, 1] (clipped).
+        zoom: Size of a pixel in the file.
+    """
+    strips = [_strip(to_pixels(row)) for row in rows]
+    width = max(strip.shape[1] for strip in strips)
+    gap = np.full((GAP, width, 3), 255, np.uint8)
+    parts = [gap]
+    for strip in strips:
+        pad = ((0, 0), (0, width - strip.shape[1]), (0, 0))
+        parts += [np.pad(strip, pad, constant_values=255), gap]
+    pixels = np.concatenate(parts)
+    image = Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="PNG", optimize=True)
+    partial.replace(path)
+
+
+def save_grid(
+    path: Path, images: np.ndarray, columns: int, *, zoom: int = ZOOM
+) -> None:
+    """Writes pictures (b, h, w, 3) row by row."""
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    save_rows(path, rows, zoom=zoom)
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Maps floats in [0, 1] to uint8 by rounding, for eyes; uint8 stays."""
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def _strip(images: np.ndarray) -> np.ndarray:
+    gap = np.full((images.shape[1], GAP, 3), 255, np.uint8)
+    parts = [gap]
+    for image in images:
+        parts += [image, gap]
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,1 @@
+"""Scalar losses of networks and batches, with the metrics to log."""

@@ -1,0 +1,58 @@
+"""`rae-jax VERB ...`: finds the verb and turns expected errors into one message."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rae_jax import __version__
+
+VERBS = ("train", "quickstart", "prepare", "reconstruct", "sample", "evaluate")
+VERBS += ("report",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="rae-jax", description="Representation autoencoders and l-DAE in JAX."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    # A verb's module imports JAX and more: only the one that is called is loaded
+    # in full, unless all are listed.
+    asked = [word for word in argv if word in VERBS][:1]
+    for verb in asked or VERBS:
+        module = importlib.import_module(f"rae_jax.commands.{verb}")
+        sub = verbs.add_parser(verb, help=module.HELP, description=module.HELP)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if hasattr(args, "overrides"):
+        args.overrides = rest
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from rae_jax.training import checkpoints, interrupts
+
+    try:
+        return args.run(args)
+    except (interrupts.Interrupted, KeyboardInterrupt) as stop:
+        print(f"\n{stop or 'Interrupted.'}", file=sys.stderr)
+        return interrupts.EXIT_INTERRUPTED
+    except (
+        ValueError,
+        FileNotFoundError,
+        ModuleNotFoundError,
+        FloatingPointError,
+        checkpoints.CheckpointError,
+    ) as error:
+        print(f"rae-jax {args.verb}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

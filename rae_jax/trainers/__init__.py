@@ -1,0 +1,1 @@
+"""One program per file: how a model, a loss and data become a run."""

@@ -1,0 +1,63 @@
+"""A trained RAE: what a `rae_decoder` workdir holds, ready to encode and decode."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from rae_jax import config as configs
+from rae_jax.models import rae
+from rae_jax.trainers import frozen, rae_decoder
+from rae_jax.training import checkpoints, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """Encoder and decoder as static parts and plain parameters.
+
+    Attributes:
+        config: Config of the run.
+        encoder_def: Static part of the encoder.
+        decoder_def: Static part of the decoder.
+        params: {"encoder", "decoder"}, an argument of every jitted function.
+    """
+
+    config: ConfigDict
+    encoder_def: nnx.GraphDef
+    decoder_def: nnx.GraphDef
+    params: state.Params
+
+    def encode(self, params: state.Params, images: jax.Array) -> jax.Array:
+        """Maps images (b, h, w, 3) in [0, 1] to raw latents."""
+        return rae.encode(nnx.merge(self.encoder_def, params["encoder"]), images)
+
+    def decode(self, params: state.Params, z: jax.Array) -> jax.Array:
+        """Maps raw latents to images (b, h, w, 3), not clipped."""
+        encoder = nnx.merge(self.encoder_def, params["encoder"])
+        return rae.decode(nnx.merge(self.decoder_def, params["decoder"]), z, encoder)
+
+
+def load(workdir: Path) -> Autoencoder:
+    """Loads the EMA decoder of a run and the encoder that it was trained for.
+
+    Raises:
+        ConfigError: If the folder holds no decoder run.
+        CheckpointError: If the run has no checkpoint.
+    """
+    config = configs.read_config(workdir / checkpoints.CONFIG_NAME)
+    if config.trainer != "rae_decoder":
+        raise configs.ConfigError(
+            f"{workdir} holds a run of {config.trainer!r}, not of 'rae_decoder'."
+        )
+    params = {
+        "encoder": frozen.load_encoder(config.encoder, workdir),
+        "decoder": checkpoints.load_params(workdir),
+    }
+    return Autoencoder(
+        config,
+        frozen.encoder(config.encoder)[0],
+        state.abstract_model(rae_decoder.make_model(config)),
+        params,
+    )

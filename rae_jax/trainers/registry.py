@@ -1,0 +1,58 @@
+"""Name -> trainer, and the one way to run a config."""
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rae_jax import config as configs
+from rae_jax.trainers import latent_diffusion, latent_stats, ldae, probe, rae_decoder
+from rae_jax.training import loop, sharding
+from rae_jax.training.program import Design
+
+TRAINERS = {
+    "ldae": ldae,
+    "probe": probe,
+    "rae_decoder": rae_decoder,
+    "latent_stats": latent_stats,
+    "latent_diffusion": latent_diffusion,
+}
+
+
+def trainer(config: ConfigDict) -> ModuleType:
+    """Returns the module of `config.trainer`."""
+    if config.trainer not in TRAINERS:
+        raise ValueError(configs.suggest(config.trainer, list(TRAINERS), "trainer"))
+    return TRAINERS[config.trainer]
+
+
+def design(config: ConfigDict) -> Design:
+    """Describes a config by shapes, without data or weights."""
+    return trainer(config).design(config)
+
+
+def model_flops(config: ConfigDict) -> float:
+    """Counts the FLOPs of one step without the recomputation of rematerialising."""
+    if "model" in config and "remat" in config.model:
+        config = config.copy_and_resolve_references()
+        config.model.remat = "none"
+    return design(config).step_flops()
+
+
+def train(config: ConfigDict, workdir: Path, *, title: str = "") -> Any:
+    """Runs a config in a workdir to its end; returns the final state.
+
+    Raises:
+        ConfigError, ValueError: For a config, data or weights that cannot be used.
+    """
+    workdir = Path(workdir).absolute()
+    mesh = sharding.make_mesh(config.mesh.data)
+    accumulate = config.optimizer.accumulate if "optimizer" in config else 1
+    sharding.check_batch_size(config.data.batch_size, mesh, accumulate)
+    with jax.set_mesh(mesh):
+        program = trainer(config).build(config, workdir, mesh)
+    program = dataclasses.replace(program, flops_per_step=model_flops(config))
+    return loop.run(program, config, workdir, title=title or config.trainer)

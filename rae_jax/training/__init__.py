@@ -1,0 +1,1 @@
+"""State, sharding, optimisers, checkpoints, logs and the only training loop."""

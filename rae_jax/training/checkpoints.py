@@ -1,0 +1,171 @@
+"""Checkpoints of {state, data position}, and parameters for those who come after.
+
+A workdir holds `config.json` and `checkpoints/STEP/`. Orbax writes a step under a
+temporary name and renames it when it is complete, so a killed run leaves either
+the old newest step or the new one.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from rae_jax import config as configs
+
+CONFIG_NAME = "config.json"
+FOLDER = "checkpoints"
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing or does not fit, and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        workdir: Folder of the run.
+        keep: Number of newest checkpoints to keep.
+        keep_period: Steps whose multiples are kept forever; 0 for none.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int, keep_period: int = 0):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_period or None,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(folder(workdir), options=options)
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
+        """Starts to write a checkpoint; training may go on meanwhile."""
+        if step == self.latest_step():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
+        )
+        self._manager.save(step, args=args, force=True)
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads a checkpoint into the shapes and shardings of `abstract`.
+
+        Raises:
+            CheckpointError: If the checkpoint holds another model or is damaged.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self._manager.directory} cannot "
+                f"be restored into this config's model: {error}\nUse the config that "
+                "it was made with, or another --workdir."
+            ) from error
+        return restored.state, restored.data
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def folder(workdir: Path) -> Path:
+    """Returns the folder of a run's checkpoints."""
+    return Path(workdir).absolute() / FOLDER
+
+
+def finished_step(workdir: Path) -> int | None:
+    """Returns the newest checkpointed step of a workdir, or None."""
+    if not folder(workdir).is_dir():
+        return None
+    with ocp.CheckpointManager(folder(workdir)) as manager:
+        return manager.latest_step()
+
+
+def load_params(workdir: Path, path: tuple[str, ...] = ("ema_params",)) -> Any:
+    """Reads one part of the newest checkpoint as a plain dict on one device.
+
+    Args:
+        workdir: Folder of a run.
+        path: Where the part lies in the state, such as ("params",).
+
+    Raises:
+        CheckpointError: If there is no checkpoint or no such part.
+    """
+    step = finished_step(workdir)
+    if step is None:
+        raise CheckpointError(
+            f"{str(workdir)!r} holds no checkpoint. Train it first: "
+            f"rae-jax train --config ... --workdir {workdir}"
+        )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handler = ocp.PyTreeCheckpointHandler()
+    registry.add("state", ocp.args.PyTreeRestore, handler)
+    with ocp.CheckpointManager(folder(workdir), handler_registry=registry) as manager:
+        tree = manager.item_metadata(step).state.tree
+        target = _abstract_part(tree, path, workdir)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(
+            item=target, restore_args=restore_args, partial_restore=True
+        )
+        part = manager.restore(step, args=ocp.args.Composite(state=args)).state
+    for name in path:
+        part = part[name]
+    return part
+
+
+def _abstract_part(tree: Any, path: tuple[str, ...], workdir: Path) -> Any:
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    for name in path:
+        if name not in tree:
+            raise CheckpointError(
+                f"The checkpoint in {str(workdir)!r} has no part {name!r}; "
+                f"it has {', '.join(tree)}."
+            )
+        tree = tree[name]
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    part = jax.tree.map(abstract, tree, is_leaf=lambda x: hasattr(x, "shape"))
+    for name in reversed(path):
+        part = {name: part}
+    return part
+
+
+def store_config(workdir: Path, config: ConfigDict, may_change: set[str]) -> None:
+    """Stores the config of a run, or checks that a resumed run has the same.
+
+    Args:
+        workdir: Folder of the run.
+        config: The run's config.
+        may_change: Keys, or beginnings of keys, that a resumed run may change.
+
+    Raises:
+        ConfigError: Lists what changed otherwise.
+    """
+    path = Path(workdir) / CONFIG_NAME
+    if path.is_file():
+        changes = configs.differences(configs.read_config(path), config)
+        refused = [c for c in changes if not c.startswith(tuple(may_change))]
+        if refused:
+            lines = "\n  ".join(refused)
+            raise configs.ConfigError(
+                f"{workdir} holds a run with another config:\n  {lines}\n"
+                "Undo the change or start in another --workdir."
+            )
+    if jax.process_index() == 0:
+        configs.save_config(config, path)

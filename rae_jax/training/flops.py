@@ -1,0 +1,90 @@
+"""Model FLOPs of a function, and the peak that a device could reach."""
+
+import math
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 peak per chip in TFLOP/s, from the makers' data sheets.
+PEAK_TFLOPS = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "NVIDIA A100": 312.0,
+    "NVIDIA H100": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA B200": 2250.0,
+}
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> float:
+    """Counts the FLOPs of all matrix products and convolutions of a function.
+
+    Loop bodies count as often as they run, which XLA's own cost analysis does
+    not do. Rematerialised parts count again: trace a function without
+    rematerialisation for model FLOPs.
+
+    Args:
+        function: Any traceable function.
+        *args: Arrays or shapes (`jax.ShapeDtypeStruct`).
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            contracted, _ = eqn.params["dimension_numbers"][0]
+            depth = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            total += 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
+        elif eqn.primitive.name == "conv_general_dilated":
+            numbers = eqn.params["dimension_numbers"]
+            kernel = eqn.invars[1].aval.shape
+            depth = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+            total += 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
+        repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        total += repeats * sum(_count(inner) for inner in _inner_jaxprs(eqn))
+    return total
+
+
+def _inner_jaxprs(eqn: Any) -> list[Any]:
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if hasattr(inner, "eqns"):
+                found.append(inner)
+    return found
+
+
+@cache
+def peak_flops(device: jax.Device) -> float:
+    """Returns the peak FLOP/s of a device.
+
+    Known accelerators by their data sheet; any other device by timing float32
+    matrix products on it, so that utilisation means "share of what a large
+    product reaches here".
+    """
+    kind = device.device_kind
+    known = [name for name in PEAK_TFLOPS if kind.startswith(name)]
+    if known:
+        return PEAK_TFLOPS[max(known, key=len)] * 1e12
+    size = 1024
+    x = jax.device_put(jnp.ones((size, size)), device)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

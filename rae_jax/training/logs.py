@@ -1,0 +1,147 @@
+"""Process 0's record of a run: JSONL always, TensorBoard, and a progress bar."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends scalars to `metrics.jsonl` and TensorBoard.
+
+    A resumed run first drops the lines beyond the step that it resumes from, so
+    the file never holds a step twice.
+
+    Args:
+        workdir: Folder of the run.
+        start_step: Step that the run resumes from.
+        tensorboard: Whether to write TensorBoard events too.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, *, tensorboard: bool = True):
+        self._main = jax.process_index() == 0
+        self._writer = None
+        if not self._main:
+            return
+        path = Path(workdir) / METRICS_NAME
+        kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self._file = path.open("a")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            folder = Path(workdir) / "tensorboard"
+            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one line of scalars."""
+        if not self._main:
+            return
+        record: dict[str, Any] = {"step": step}
+        record |= {k: float(v) for k, v in scalars.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._main:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """Reads the scalars of a run; a line cut short by a kill is passed over."""
+    path = Path(workdir) / METRICS_NAME
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class Meter:
+    """Averages step metrics and measures throughput between two log lines."""
+
+    def __init__(self, batch_size: int, flops_per_step: float, peak_flops: float):
+        self._batch_size = batch_size
+        self._flops_per_step = flops_per_step
+        self._peak_flops = peak_flops
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Starts a new interval, leaving out what came between (evaluation)."""
+        self._start = time.perf_counter()
+        self._timed = 0
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Counts one finished step."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+        self._timed += 1
+
+    def summary(self) -> dict[str, float]:
+        """Returns the means since the last call, images per second and MFU."""
+        means = {k: v / self._count for k, v in self._sums.items()}
+        self._sums, self._count = {}, 0
+        elapsed = time.perf_counter() - self._start
+        if self._timed and elapsed > 0:
+            steps_per_second = self._timed / elapsed
+            means["images_per_second"] = steps_per_second * self._batch_size
+            if self._flops_per_step:
+                rate = steps_per_second * self._flops_per_step
+                means["mfu"] = rate / self._peak_flops
+        self.restart_clock()
+        return means
+
+
+def check_finite(step: int, metrics: dict[str, float]) -> None:
+    """Stops a run whose loss or gradient is no longer a number.
+
+    Raises:
+        FloatingPointError: Names the step and all metrics of it.
+    """
+    bad = [k for k, v in metrics.items() if not math.isfinite(v)]
+    if bad:
+        values = ", ".join(f"{k} = {v:.4g}" for k, v in metrics.items())
+        raise FloatingPointError(
+            f"Step {step}: {', '.join(bad)} is not finite ({values}). The run stops; "
+            "the last checkpoint is from before. Lower optimizer.peak_lr, set "
+            "optimizer.clip_norm, or use dtype=float32."
+        )
+
+
+def make_progress(console: Console | None = None) -> Progress:
+    """Makes a progress bar with the time left."""
+    return Progress(
+        TextColumn("[bold]{task.description:<18}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]:<16}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )

@@ -1,0 +1,148 @@
+"""The only training loop: resume, step, log, evaluate, save."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rae_jax.data import loader
+from rae_jax.training import checkpoints, flops, interrupts, logs, sharding
+from rae_jax.training.program import Program
+
+# What a resumed run may change without becoming another run.
+MAY_CHANGE = {"num_steps", "every", "keep", "mesh", "fsdp", "data.num_workers"}
+
+
+def run(
+    program: Program, config: ConfigDict, workdir: Path, *, title: str = "train"
+) -> Any:
+    """Trains to the last step, from the newest checkpoint if there is one.
+
+    Args:
+        program: The run.
+        config: Needs seed, keep, fsdp, mesh and every.{log, checkpoint, evaluate}.
+        workdir: Folder for config, checkpoints, logs and results.
+        title: Label of the progress bar.
+
+    Returns:
+        The final state.
+
+    Raises:
+        FloatingPointError: If a loss or gradient is not finite.
+        Interrupted: After a SIGINT or SIGTERM and a last checkpoint.
+    """
+    workdir = Path(workdir)
+    checkpoints.store_config(workdir, config, MAY_CHANGE)
+    mesh = sharding.make_mesh(config.mesh.data)
+    with jax.set_mesh(mesh):
+        return _Run(program, config, workdir, mesh, title).train()
+
+
+class _Run:
+    """One call of `run`: holds what its parts share."""
+
+    def __init__(self, program, config, workdir, mesh, title):
+        self.program, self.config, self.workdir = program, config, workdir
+        self.mesh, self.title = mesh, title
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.key = jax.random.key(config.seed)
+        abstract = jax.eval_shape(program.design.init, self.key)
+        self.shardings = sharding.state_sharding(abstract, mesh, config.fsdp)
+        self.abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract,
+            self.shardings,
+        )
+        peak = flops.peak_flops(mesh.devices.flat[0]) * mesh.size
+        self.meter = logs.Meter(program.design.batch_size, program.flops_per_step, peak)
+
+    def train(self) -> Any:
+        self.checkpoints = checkpoints.Checkpoints(self.workdir, keep=self.config.keep)
+        self.batches = self.program.batches()
+        try:
+            start, state = self._begin()
+            self.log = logs.MetricsLog(self.workdir, start)
+            try:
+                state = self._steps(start, state)
+            finally:
+                self.log.close()
+        finally:
+            self.batches.close()
+            self.checkpoints.close()
+        if self.program.finish is not None:
+            self.program.finish(state, self.program.frozen, self.workdir)
+        return state
+
+    def _begin(self) -> tuple[int, Any]:
+        step = self.checkpoints.latest_step()
+        if step is not None:
+            state, data_state = self.checkpoints.restore(step, self.abstract)
+            self.batches.set_state(data_state)
+            return step, state
+        init = jax.jit(self.program.design.init, out_shardings=self.shardings)
+        return 0, init(self.key)
+
+    def _steps(self, start: int, state: Any) -> Any:
+        program, total = self.program, self.program.design.num_steps
+        step_fn = jax.jit(
+            program.design.step, donate_argnums=0, out_shardings=(self.shardings, None)
+        )
+        rows = sharding.batch_sharding(self.mesh)
+        with interrupts.StopRequest() as stop, logs.make_progress() as progress:
+            self.progress = progress
+            self.bar = progress.add_task(
+                self.title, total=total, completed=start, note="compiling"
+            )
+            for step in range(start + 1, total + 1):
+                batch = loader.to_global(next(self.batches), rows)
+                state, metrics = step_fn(state, program.frozen, batch, self.key)
+                self._settle()  # The step before; this one runs meanwhile.
+                self.pending = (step, metrics)
+                if step == start + 1:
+                    self._settle()
+                    self.meter.restart_clock()  # Leaves out the compilation.
+                self._after_step(step, state, stop.requested)
+                progress.update(self.bar, completed=step)
+                if stop.requested:
+                    raise interrupts.Interrupted(
+                        f"Stopped at step {step} of {total}; the same command "
+                        "continues from here."
+                    )
+        return state
+
+    def _after_step(self, step: int, state: Any, stop: bool) -> None:
+        if self._due(step, "log"):
+            self._settle()
+            self._write(step)
+        if self._due(step, "evaluate") and self.program.evaluate is not None:
+            self._settle()
+            scores = self.program.evaluate(state, self.program.frozen, self.workdir)
+            self.log.write(step, scores)
+            self.meter.restart_clock()
+        # Last, so that a run killed before this repeats what it did not save.
+        if self._due(step, "checkpoint") or stop:
+            self._settle()
+            self.checkpoints.save(step, state, self.batches.get_state())
+
+    def _due(self, step: int, name: str) -> bool:
+        every = self.config.every[name]
+        return every > 0 and (
+            step % every == 0 or step == self.program.design.num_steps
+        )
+
+    def _settle(self) -> None:
+        """Waits for the pending step and stops the run if it is not finite."""
+        if self.pending is not None:
+            step, metrics = self.pending
+            values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            logs.check_finite(step, values)
+            self.meter.add(values)
+            self.pending = None
+
+    def _write(self, step: int) -> None:
+        scalars = self.meter.summary()
+        self.log.write(step, scalars)
+        loss = scalars.get("loss")
+        note = "" if loss is None else f"loss {loss:.4f}"
+        self.progress.update(self.bar, note=note)
