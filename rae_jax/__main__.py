@@ -2,6 +2,6 @@
 
 import sys
 
-from rae_jax.main import main
+from rae_jax import main
 
-sys.exit(main())
+sys.exit(main.main())

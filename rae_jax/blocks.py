@@ -94,7 +94,7 @@ def encoder(weights: str, **sizes: Any) -> dict[str, Any]:
 
 
 PHOTOS_SIZES = dict(
-    image_size=64, patch_size=8, latent_dim=48, hidden_size=128, depth=4, num_heads=4
+    image_size=64, patch_size=8, latent_dim=48, hidden_size=128, depth=3, num_heads=4
 )
 SMOKE_SIZES = dict(
     image_size=32, patch_size=8, latent_dim=8, hidden_size=32, depth=2, num_heads=2

@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax.evaluation import reconstruction
 from rae_jax.models import rae
 from rae_jax.trainers import frozen, rae_decoder
 from rae_jax.training import checkpoints, state
@@ -61,3 +63,10 @@ def load(workdir: Path) -> Autoencoder:
         state.abstract_model(rae_decoder.make_model(config)),
         params,
     )
+
+
+def reconstruct(loaded: Autoencoder, images: np.ndarray) -> np.ndarray:
+    """Maps uint8 images (b, h, w, 3) through encoder and decoder, to uint8."""
+    function = rae_decoder.make_reconstruct(loaded.config)
+    recon = function(loaded.params["decoder"], loaded.params["encoder"], images)
+    return np.asarray(reconstruction.to_uint8(recon))

@@ -1,5 +1,6 @@
 """Networks that a run reads and never changes, by shape and with weights."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,22 @@ from ml_collections import ConfigDict
 from rae_jax import config as configs
 from rae_jax.convert import metrics_nets
 from rae_jax.models import encoders, ldae, perceptual, tokenizers
-from rae_jax.training import checkpoints
-from rae_jax.training.state import Params, param_dict
+from rae_jax.training import checkpoints, state
 
 RANDOM = "random"
 TOKENIZER_NAME = "tokenizer.npz"
 STATS_NAME = "latent_stats.npz"
 
 
-def abstract(make_model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+def abstract(
+    make_model: Callable[..., nnx.Module],
+) -> tuple[nnx.GraphDef, state.Params]:
     """Returns the static part and the parameter shapes of a module."""
     model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0)))
-    return nnx.graphdef(model), param_dict(model)
+    return nnx.graphdef(model), state.param_dict(model)
 
 
-def encoder(config: ConfigDict) -> tuple[nnx.GraphDef, Params]:
+def encoder(config: ConfigDict) -> tuple[nnx.GraphDef, state.Params]:
     """Returns the static part and the parameter shapes of `config.encoder`."""
     sizes = config.sizes.to_dict()
     return abstract(lambda rngs: encoders.make_encoder(config.name, rngs=rngs, **sizes))
@@ -40,11 +42,11 @@ def resolve(path: str, workdir: Path) -> Path:
     A relative path counts from the run's workdir, so that runs that lie side by side
     can be moved together; failing that, from the current folder.
     """
-    beside = Path(workdir) / path
+    beside = Path(os.path.normpath(Path(workdir) / path))
     return beside if beside.exists() else Path(path)
 
 
-def load_encoder(config: ConfigDict, workdir: Path) -> Params:
+def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:
     """Reads the weights of `config.encoder` for a run in `workdir`.
 
     `weights` is the workdir of an l-DAE run, or "random" for an untrained encoder.
@@ -61,11 +63,11 @@ def load_encoder(config: ConfigDict, workdir: Path) -> Params:
     if config.weights == RANDOM:
         sizes = config.sizes.to_dict()
         model = encoders.make_encoder(config.name, rngs=nnx.Rngs(0), **sizes)
-        return param_dict(model)
+        return state.param_dict(model)
     return load_ldae(resolve(config.weights, workdir), config.sizes, config.ema)
 
 
-def load_ldae(workdir: Path, sizes: ConfigDict, ema: bool) -> Params:
+def load_ldae(workdir: Path, sizes: ConfigDict, ema: bool) -> state.Params:
     """Reads the encoder half of an l-DAE run, with its patch PCA."""
     run = configs.read_config(workdir / checkpoints.CONFIG_NAME)
     expected = ldae_sizes(run)
@@ -96,12 +98,12 @@ def ldae_sizes(run: ConfigDict) -> dict[str, int]:
     }
 
 
-def lpips(backbone: str) -> tuple[nnx.GraphDef, Params]:
+def lpips(backbone: str) -> tuple[nnx.GraphDef, state.Params]:
     """Returns the static part and the parameter shapes of LPIPS."""
     return abstract(lambda rngs: perceptual.LPIPS(backbone, rngs=rngs))
 
 
-def load_lpips(backbone: str) -> Params:
+def load_lpips(backbone: str) -> state.Params:
     """Reads the LPIPS weights that a package carries."""
     return metrics_nets.load_lpips(backbone)
 
@@ -146,7 +148,7 @@ def load_stats(path: str, sizes: ConfigDict, workdir: Path) -> dict[str, np.ndar
     return stats
 
 
-def check_shapes(name: str, expected: Params, given: Params) -> None:
+def check_shapes(name: str, expected: state.Params, given: state.Params) -> None:
     """Raises a ConfigError that lists all parameters that do not fit."""
     flat_expected = _shapes(expected)
     flat_given = _shapes(given)

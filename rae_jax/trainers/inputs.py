@@ -47,14 +47,21 @@ def train_batches(data: ConfigDict, seed: int) -> loader.Batches:
 def eval_batches(
     data: ConfigDict, split: str, *, limit: int | None = None, flip: bool = False
 ) -> loader.Batches:
-    """Returns one pass over centre-cropped images, with a mask for the padding."""
-    name = "none" if data.transform == "none" else "center_crop"
-    transform = transforms.make_transform(name, data.image_size, flip)
+    """Returns one pass over centre-cropped images, with a mask for the padding.
+
+    Args:
+        data: Data block.
+        split: "train" or "validation".
+        limit: If the split has more images, a fixed random choice of this many.
+        flip: Whether to mirror half of them.
+    """
+    source = open_source(data, split)
+    if limit is not None and limit < len(source):
+        source = Subset(source, limit)
     return loader.eval_batches(
-        open_source(data, split),
-        transform,
+        source,
+        _center_crop(data, flip),
         batch_size=data.batch_size,
-        limit=limit,
         num_workers=data.num_workers,
     )
 
@@ -64,15 +71,49 @@ def validation_batches(data: ConfigDict) -> loader.Batches:
     return eval_batches(data, "validation", limit=data.validation_size)
 
 
+def class_names(data: ConfigDict, num_classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes, or their numbers where the data is not here."""
+    try:
+        names = tuple(open_source(data, data.split).class_names)
+    except (ValueError, OSError):
+        names = ()
+    numbers = tuple(str(i) for i in range(len(names), num_classes))
+    return (names + numbers)[:num_classes]
+
+
 def examples(data: ConfigDict, split: str, count: int) -> np.ndarray:
-    """Returns `count` evenly spaced images of a split, uint8 (count, h, w, 3)."""
-    source = open_source(data, split)
-    name = "none" if data.transform == "none" else "center_crop"
-    transform = transforms.make_transform(name, data.image_size)
+    """Returns `count` images of a split, uint8 (count, h, w, 3), of many classes."""
+    source = Subset(open_source(data, split), 8 * count)
+    records = sorted((source[i] for i in range(len(source))), key=_label)
+    chosen = [records[i * len(records) // count] for i in range(count)]
+    transform = _center_crop(data)
     rng = np.random.default_rng(0)  # A centre crop draws nothing from it.
-    chosen = (np.arange(count) + 0.5) * len(source) / count
-    records = [transform.random_map(source[int(i)], rng) for i in chosen]
-    return np.stack([record["image"] for record in records])
+    return np.stack([transform.random_map(record, rng)["image"] for record in chosen])
+
+
+class Subset:
+    """A fixed random choice of a source's images, in the source's order."""
+
+    def __init__(self, source: sources.Source, count: int):
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self._source = source
+        order = np.random.default_rng(0).permutation(len(source))
+        self._chosen = np.sort(order[:count])
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> sources.Record:
+        return self._source[int(self._chosen[index])]
+
+
+def _label(record: sources.Record) -> int:
+    return record["label"]
+
+
+def _center_crop(data: ConfigDict, flip: bool = False) -> transforms.Transform:
+    name = "none" if data.transform == "none" else "center_crop"
+    return transforms.make_transform(name, data.image_size, flip)
 
 
 def to_float(images: jax.Array) -> jax.Array:

@@ -21,15 +21,14 @@ from rae_jax.layers import conditioning
 from rae_jax.losses import flow_matching
 from rae_jax.models import dit, dit_dh, rae
 from rae_jax.trainers import autoencoder, frozen, inputs
-from rae_jax.training import optimizers, sharding, state
-from rae_jax.training.program import Design, Program
+from rae_jax.training import optimizers, programs, sharding, state
 
 NETWORKS = {"dit_dh": dit_dh.DiTDH, "dit": dit.DiT}
 PICTURES_PER_CLASS = 8
 MAX_PICTURE_CLASSES = 10
 
 
-def design(config: ConfigDict) -> Design:
+def design(config: ConfigDict) -> programs.Design:
     """Describes the run by shapes."""
     tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
     make = make_model(config)
@@ -41,7 +40,7 @@ def design(config: ConfigDict) -> Design:
         accumulate=config.optimizer.accumulate,
         schedule=schedule,
     )
-    return Design(
+    return programs.Design(
         init=lambda key: state.create_state(make, tx, key),
         step=step,
         frozen={
@@ -65,7 +64,7 @@ def make_model(config: ConfigDict) -> Callable[..., nnx.Module]:
     return make
 
 
-def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
+def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     """Loads encoder, statistics and (for pictures) the decoder; assembles the run."""
     sizes = config.encoder.sizes
     networks = {
@@ -80,7 +79,7 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
             f"model.num_classes = {config.model.num_classes}, but the data has "
             f"{source.num_classes} classes."
         )
-    return Program(
+    return programs.Program(
         design=run,
         frozen=sharding.place(networks, mesh),
         batches=lambda: inputs.train_batches(config.data, config.seed),

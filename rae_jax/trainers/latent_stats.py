@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 from rae_jax import config as configs
 from rae_jax.models import rae
 from rae_jax.trainers import frozen, inputs
-from rae_jax.training import sharding
-from rae_jax.training.program import Design, Program
+from rae_jax.training import programs, sharding
 
 MODES = ("exact", "momentum")
 
@@ -100,7 +99,7 @@ def statistics(state: StatsState, mode: str) -> dict[str, np.ndarray]:
     return {"mean": np.asarray(state.mean), "var": var.astype(np.float32)}
 
 
-def design(config: ConfigDict) -> Design:
+def design(config: ConfigDict) -> programs.Design:
     """Describes the run by shapes; `num_steps` 0 stands for one pass."""
     if config.mode not in MODES:
         raise ValueError(configs.suggest(config.mode, MODES, "mode"))
@@ -121,7 +120,7 @@ def design(config: ConfigDict) -> Design:
             state = add_exact(state, z, mask)
         return state, {"latent_std": jnp.std(z)}
 
-    return Design(
+    return programs.Design(
         init=lambda key: create_state(
             frozen.latent_shape(config.encoder.sizes), config.mode
         ),
@@ -132,7 +131,7 @@ def design(config: ConfigDict) -> Design:
     )
 
 
-def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
+def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     """Loads the encoder and assembles the pass."""
     networks = {"encoder": frozen.load_encoder(config.encoder, workdir)}
     run = design(config)
@@ -148,7 +147,7 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
         np.savez(partial, **statistics(jax.device_get(state), config.mode))
         partial.replace(path)
 
-    return Program(
+    return programs.Program(
         design=run,
         frozen=sharding.place(networks, mesh),
         batches=lambda: inputs.eval_batches(config.data, config.data.split),

@@ -21,14 +21,13 @@ from rae_jax.layers import patches
 from rae_jax.losses import denoising
 from rae_jax.models import ldae, tokenizers
 from rae_jax.trainers import frozen, inputs
-from rae_jax.training import optimizers, sharding, state
-from rae_jax.training.program import Design, Program
+from rae_jax.training import optimizers, programs, sharding, state
 
 PICTURE_LEVEL = 0.4  # Share of the noise levels: detail is gone, layout is not.
 PICTURE_COLUMNS = 10
 
 
-def design(config: ConfigDict) -> Design:
+def design(config: ConfigDict) -> programs.Design:
     """Describes the run by shapes."""
     tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
 
@@ -46,7 +45,7 @@ def design(config: ConfigDict) -> Design:
         accumulate=config.optimizer.accumulate,
         schedule=schedule,
     )
-    return Design(
+    return programs.Design(
         init=lambda key: state.create_state(make_model(config), tx, key),
         step=step,
         frozen=_abstract_pca(config),
@@ -75,7 +74,7 @@ def make_model(config: ConfigDict):
     return make
 
 
-def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
+def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     """Fits or reads the tokenizer and assembles the run."""
     path = workdir / frozen.TOKENIZER_NAME
     if not path.is_file():
@@ -86,7 +85,7 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
     pca = tokenizers.make_pca(
         tokenizers.load_components(path), tokenizer.latent_dim, tokenizer.norm
     )
-    return Program(
+    return programs.Program(
         design=design(config),
         frozen=sharding.place(pca, mesh),
         batches=lambda: inputs.train_batches(config.data, config.seed),

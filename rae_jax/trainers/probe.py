@@ -22,9 +22,8 @@ from rae_jax.evaluation import reconstruction
 from rae_jax.layers import patches
 from rae_jax.models import encoders
 from rae_jax.trainers import frozen, inputs
-from rae_jax.training import optimizers, sharding
-from rae_jax.training.program import Design, Program
-from rae_jax.training.state import param_dict
+from rae_jax.training import optimizers, programs, sharding
+from rae_jax.training import state as states
 
 FEATURES = ("encoder", "random", "pca", "pixels")
 MOMENTUM = 0.1
@@ -41,7 +40,7 @@ class ProbeState:
     opt_state: optax.OptState
 
 
-def design(config: ConfigDict) -> Design:
+def design(config: ConfigDict) -> programs.Design:
     """Describes the run by shapes."""
     for name in config.features:
         if name not in FEATURES:
@@ -87,10 +86,10 @@ def design(config: ConfigDict) -> Design:
         metrics |= {"loss": losses[config.features[0]], "lr": schedule(state.step)}
         return ProbeState(state.step + 1, params, stats, opt_state), metrics
 
-    return Design(init, step, networks, batch, config.num_steps)
+    return programs.Design(init, step, networks, batch, config.num_steps)
 
 
-def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
+def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     """Loads the encoder, initialises the random one and assembles the run."""
     sizes = config.encoder.sizes.to_dict()
     random = encoders.make_encoder(
@@ -98,11 +97,11 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
     )
     networks = {
         "encoder": frozen.load_encoder(config.encoder, workdir),
-        "random": param_dict(random),
+        "random": states.param_dict(random),
     }
     run = design(config)
     frozen.check_shapes("The encoder", run.frozen, networks)
-    return Program(
+    return programs.Program(
         design=run,
         frozen=sharding.place(networks, mesh),
         batches=lambda: inputs.train_batches(config.data, config.seed),

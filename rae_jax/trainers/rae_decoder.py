@@ -18,13 +18,12 @@ from rae_jax.evaluation import pictures, reconstruction
 from rae_jax.losses import reconstruction as losses
 from rae_jax.models import decoder, rae
 from rae_jax.trainers import frozen, inputs
-from rae_jax.training import optimizers, sharding, state
-from rae_jax.training.program import Design, Program
+from rae_jax.training import optimizers, programs, sharding, state
 
 PICTURE_COLUMNS = 10
 
 
-def design(config: ConfigDict) -> Design:
+def design(config: ConfigDict) -> programs.Design:
     """Describes the run by shapes."""
     tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
     make_decoder = make_model(config)
@@ -39,7 +38,7 @@ def design(config: ConfigDict) -> Design:
     networks = {"encoder": frozen.encoder(config.encoder)[1]}
     if config.loss.perceptual_weight:
         networks["perceptual"] = frozen.lpips(config.loss.perceptual)[1]
-    return Design(
+    return programs.Design(
         init=lambda key: state.create_state(make_decoder, tx, key),
         step=step,
         frozen=networks,
@@ -64,14 +63,14 @@ def make_model(config: ConfigDict) -> Callable[..., nnx.Module]:
     return make
 
 
-def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Program:
+def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     """Loads encoder and LPIPS and assembles the run."""
     networks = {"encoder": frozen.load_encoder(config.encoder, workdir)}
     if config.loss.perceptual_weight:
         networks["perceptual"] = frozen.load_lpips(config.loss.perceptual)
     run = design(config)
     frozen.check_shapes("A frozen network", run.frozen, networks)
-    return Program(
+    return programs.Program(
         design=run,
         frozen=sharding.place(networks, mesh),
         batches=lambda: inputs.train_batches(config.data, config.seed),

@@ -6,13 +6,14 @@ from types import ModuleType
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
 from rae_jax.trainers import latent_diffusion, latent_stats, ldae, probe, rae_decoder
-from rae_jax.training import loop, sharding
-from rae_jax.training.program import Design
+from rae_jax.training import checkpoints, loop, programs, sharding
 
+FINISHED_NAME = "finished"
 TRAINERS = {
     "ldae": ldae,
     "probe": probe,
@@ -29,7 +30,7 @@ def trainer(config: ConfigDict) -> ModuleType:
     return TRAINERS[config.trainer]
 
 
-def design(config: ConfigDict) -> Design:
+def design(config: ConfigDict) -> programs.Design:
     """Describes a config by shapes, without data or weights."""
     return trainer(config).design(config)
 
@@ -55,4 +56,35 @@ def train(config: ConfigDict, workdir: Path, *, title: str = "") -> Any:
     with jax.set_mesh(mesh):
         program = trainer(config).build(config, workdir, mesh)
     program = dataclasses.replace(program, flops_per_step=model_flops(config))
-    return loop.run(program, config, workdir, title=title or config.trainer)
+    state = loop.run(program, config, workdir, title=title or config.trainer)
+    configs.write_atomically(
+        workdir / FINISHED_NAME, str(program.design.num_steps).encode()
+    )
+    return state
+
+
+def is_finished(config: ConfigDict, workdir: Path) -> bool:
+    """Returns whether `train` has finished exactly this config in a workdir."""
+    if not (workdir / FINISHED_NAME).is_file():
+        return False
+    stored = configs.read_config(workdir / checkpoints.CONFIG_NAME)
+    return not configs.differences(stored, config)
+
+
+def restore(
+    program: programs.Program, config: ConfigDict, workdir: Path, mesh: Mesh
+) -> Any:
+    """Reads the state of a run's newest checkpoint.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    step = checkpoints.finished_step(workdir)
+    if step is None:
+        raise checkpoints.CheckpointError(f"{workdir} holds no checkpoint yet.")
+    abstract = loop.abstract_state(program.design, config, mesh)
+    manager = checkpoints.Checkpoints(workdir, keep=config.keep)
+    try:
+        return manager.restore(step, abstract)[0]
+    finally:
+        manager.close()

@@ -79,6 +79,14 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     return records
 
 
+def last_scores(workdir: Path, prefix: str) -> dict[str, float]:
+    """Returns the newest value of every scalar whose name begins with `prefix`."""
+    found: dict[str, float] = {}
+    for record in read_metrics(workdir):
+        found |= {k: v for k, v in record.items() if k.startswith(prefix)}
+    return found
+
+
 class Meter:
     """Averages step metrics and measures throughput between two log lines."""
 

@@ -4,18 +4,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax.data import loader
-from rae_jax.training import checkpoints, flops, interrupts, logs, sharding
-from rae_jax.training.program import Program
+from rae_jax.training import (
+    checkpoints,
+    flops,
+    interrupts,
+    logs,
+    programs,
+    sharding,
+)
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = {"num_steps", "every", "keep", "mesh", "fsdp", "data.num_workers"}
 
 
 def run(
-    program: Program, config: ConfigDict, workdir: Path, *, title: str = "train"
+    program: programs.Program,
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    title: str = "train",
 ) -> Any:
     """Trains to the last step, from the newest checkpoint if there is one.
 
@@ -39,6 +50,16 @@ def run(
         return _Run(program, config, workdir, mesh, title).train()
 
 
+def abstract_state(design: programs.Design, config: ConfigDict, mesh: Mesh) -> Any:
+    """Returns shapes and shardings of a run's state."""
+    shapes = jax.eval_shape(design.init, jax.random.key(config.seed))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        sharding.state_sharding(shapes, mesh, config.fsdp),
+    )
+
+
 class _Run:
     """One call of `run`: holds what its parts share."""
 
@@ -47,13 +68,8 @@ class _Run:
         self.mesh, self.title = mesh, title
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.key = jax.random.key(config.seed)
-        abstract = jax.eval_shape(program.design.init, self.key)
-        self.shardings = sharding.state_sharding(abstract, mesh, config.fsdp)
-        self.abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract,
-            self.shardings,
-        )
+        self.abstract = abstract_state(program.design, config, mesh)
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         peak = flops.peak_flops(mesh.devices.flat[0]) * mesh.size
         self.meter = logs.Meter(program.design.batch_size, program.flops_per_step, peak)
 

@@ -1,0 +1,1 @@
+"""Weights in foreign formats and under foreign names, as plain parameter dicts."""

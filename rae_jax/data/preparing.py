@@ -1,0 +1,337 @@
+"""Turning a folder of images into shards or a packed array, in parallel."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rae_jax.data import images, records, sources, transforms
+
+IMAGES_PER_SHARD = 2048
+MAX_SHARDS = 1024
+CHUNK = 32  # images per task of a packed array
+
+_UNFINISHED = "unfinished"  # subfolder with the state of a run
+
+Progress = Callable[[int], None]  # called with the number of images just done
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What becomes of each image.
+
+    Attributes:
+        size: Side of a crop, or the most pixels that the shorter side keeps; None
+            keeps the encoded file as it is.
+        transform: "center_crop" or "none".
+        quality: JPEG quality of changed images; None for PNG.
+        skip_bad: Whether to leave out unreadable files instead of stopping.
+    """
+
+    size: int | None = None
+    transform: str = "none"
+    quality: int | None = 95
+    skip_bad: bool = False
+
+    def pixels(self, record: dict[str, Any]) -> np.ndarray:
+        """Returns the decoded and resized image of a record."""
+        image = images.decode(record["image"], record["name"])
+        if self.transform == "center_crop":
+            return transforms.center_crop(image, self.size)
+        if self.size is not None and min(image.shape[:2]) > self.size:
+            return transforms.resize_shorter(image, self.size)
+        return image
+
+    def encoded(self, record: dict[str, Any]) -> bytes:
+        """Returns the image to store; decoding shows that the file can be read."""
+        pixels = self.pixels(record)
+        if self.size is None:
+            return record["image"]
+        return images.encode(pixels, self.quality)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One task: the images [start, stop) of a source become one file."""
+
+    path: Path
+    done: Path
+    start: int
+    stop: int
+
+
+def write_shards(
+    source: sources.Folder,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    shards: int | None = None,
+    workers: int = 1,
+    progress: Progress = lambda count: None,
+) -> dict[str, Any]:
+    """Writes a source as shards; finished shards of an earlier call are kept.
+
+    Shards keep the order of the source, and `metadata.json` is written last.
+
+    Args:
+        folder: Destination; made if it does not exist.
+        shards: Number of files; see `shard_count`.
+        workers: Number of processes.
+        progress: Called as images are done.
+
+    Returns:
+        The metadata: "shards" (images per file), "skipped" (reasons) and more.
+
+    Raises:
+        BadImageError: A file cannot be read and the recipe does not skip it.
+        ValueError: The destination was begun with another source or recipe.
+        OSError: The destination is full or cannot be written.
+    """
+    plan = _plan(source, recipe, shard_count(len(source), shards))
+    if _is_complete(folder, plan):
+        progress(len(source))
+    else:
+        _begin(folder, plan)
+        tasks = _tasks(folder, len(source), plan["num_shards"])
+        todo = [task for task in tasks if not task.done.exists()]
+        progress(len(source) - sum(task.stop - task.start for task in todo))
+        for task in _parallel(_write_shard, todo, workers, source, recipe):
+            progress(task.stop - task.start)
+        _finish(folder, plan, tasks)
+    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
+    return records.read_metadata(folder)
+
+
+def shard_count(num_images: int, asked: int | None = None) -> int:
+    """Returns the number of shards: as asked, or enough to resume and to share."""
+    by_size = min(MAX_SHARDS, math.ceil(num_images / IMAGES_PER_SHARD))
+    return min(asked or by_size, num_images)
+
+
+def write_pack(
+    source: sources.Folder,
+    path: Path,
+    recipe: Recipe,
+    *,
+    workers: int = 1,
+    limit: int | None = None,
+    progress: Progress = lambda count: None,
+) -> list[str]:
+    """Writes images as one array, uint8 (n, size, size, 3), in the source's order.
+
+    The file is an uncompressed .npz with the array "arr_0", as ADM's evaluator and
+    the official RAE code use for references of rFID. It is written image by image, so
+    it need not fit into memory.
+
+    Returns:
+        Why each skipped file could not be read.
+    """
+    indices = list(range(min(len(source), limit or len(source))))
+    skipped: dict[int, str] = {}
+    while True:
+        chosen = [index for index in indices if index not in skipped]
+        if not chosen:
+            raise ValueError(f"None of the {len(indices)} images could be read.")
+        try:
+            found = _write_npz(source, path, recipe, chosen, workers, progress)
+        except BaseException:
+            records.partial(path).unlink(missing_ok=True)
+            raise
+        if not found:
+            return list(skipped.values())
+        # The array's header tells its length, so it is written anew without them.
+        skipped |= found
+        progress(-len(chosen))
+
+
+def _plan(source: sources.Folder, recipe: Recipe, count: int) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(f"{source.name(index)}\n".encode())
+    return {
+        "format": records.FORMAT,
+        "class_names": list(source.class_names),
+        "source_files": len(source),
+        "source_digest": digest.hexdigest(),
+        "num_shards": count,
+        "size": recipe.size,
+        "transform": recipe.transform,
+        "quality": recipe.quality,
+    }
+
+
+def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
+    if not (folder / records.METADATA).exists():
+        return False
+    _check_same(folder, plan, records.read_metadata(folder))
+    return True
+
+
+def _begin(folder: Path, plan: dict[str, Any]) -> None:
+    path = folder / _UNFINISHED / "plan.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        _check_same(folder, plan, records.read_json(path))
+    records.write_json(path, plan)
+
+
+def _finish(folder: Path, plan: dict[str, Any], tasks: list[Shard]) -> None:
+    results = {task.path.name: records.read_json(task.done) for task in tasks}
+    counts = {name: result["count"] for name, result in results.items()}
+    if not any(counts.values()):
+        raise ValueError(f"None of the {tasks[-1].stop} images could be read.")
+    skipped = [line for result in results.values() for line in result["skipped"]]
+    metadata = plan | {
+        "num_images": sum(counts.values()),
+        "shards": counts,
+        "skipped": skipped,
+    }
+    records.write_json(folder / records.METADATA, metadata)
+
+
+def _check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> None:
+    changed = [key for key, value in plan.items() if earlier.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{folder} was prepared with other {', '.join(changed)}. Delete it, choose "
+            "another destination, or repeat the earlier options to resume."
+        )
+
+
+def _tasks(folder: Path, total: int, count: int) -> list[Shard]:
+    state = folder / _UNFINISHED
+    bounds = [round(k * total / count) for k in range(count + 1)]
+    return [
+        Shard(folder / name, state / f"{name}.json", bounds[k], bounds[k + 1])
+        for k, name in enumerate(records.shard_names(count))
+    ]
+
+
+# Set once per process: a source may list millions of files.
+_shared: tuple[sources.Folder, Recipe]
+
+
+def _parallel(
+    function: Callable[[Any], Any],
+    tasks: Iterable[Any],
+    workers: int,
+    source: sources.Folder,
+    recipe: Recipe,
+) -> Iterator[Any]:
+    """Yields function(task) in order, computed a little ahead by several processes."""
+    if workers <= 1:
+        _set_shared(source, recipe)
+        yield from map(function, tasks)
+        return
+    executor = concurrent.futures.ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(source, recipe),
+    )
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
+    try:
+        for task in tasks:
+            pending.append(executor.submit(function, task))
+            if len(pending) > 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _set_shared(source: sources.Folder, recipe: Recipe) -> None:
+    global _shared
+    _shared = (source, recipe)
+
+
+def _start_worker(source: sources.Folder, recipe: Recipe) -> None:
+    _set_shared(source, recipe)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends us in good order.
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # A killed parent must not leave us writing to its files.
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _write_shard(task: Shard) -> Shard:
+    source, recipe = _shared
+    skipped: list[str] = []
+
+    def packed() -> Iterator[bytes]:
+        for index in range(task.start, task.stop):
+            record = source[index]
+            try:
+                image = recipe.encoded(record)
+            except images.BadImageError as error:
+                if not recipe.skip_bad:
+                    raise
+                skipped.append(_reason(source, index, error))
+                continue
+            yield records.pack(image, record["label"], source.name(index))
+
+    count = records.write_shard(task.path, packed())
+    records.write_json(task.done, {"count": count, "skipped": skipped})
+    return task
+
+
+def _write_npz(
+    source: sources.Folder,
+    path: Path,
+    recipe: Recipe,
+    indices: list[int],
+    workers: int,
+    progress: Progress,
+) -> dict[int, str]:
+    """Writes the images unless some are bad; returns why, by index."""
+    shape = (len(indices), recipe.size, recipe.size, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    chunks = [indices[k : k + CHUNK] for k in range(0, len(indices), CHUNK)]
+    bad: dict[int, str] = {}
+    with (
+        zipfile.ZipFile(records.partial(path), "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in _parallel(_crop, chunks, workers, source, recipe):
+            bad |= {index: row for index, row in rows.items() if isinstance(row, str)}
+            if not bad:
+                file.write(b"".join(rows.values()))
+            progress(len(rows))
+    if not bad:
+        os.replace(records.partial(path), path)
+    return bad
+
+
+def _crop(indices: list[int]) -> dict[int, bytes | str]:
+    """Returns the bytes of each cropped image, or why it could not be read."""
+    source, recipe = _shared
+    rows: dict[int, bytes | str] = {}
+    for index in indices:
+        try:
+            rows[index] = recipe.pixels(source[index]).tobytes()
+        except images.BadImageError as error:
+            if not recipe.skip_bad:
+                raise
+            rows[index] = _reason(source, index, error)
+    return rows
+
+
+def _reason(source: sources.Folder, index: int, error: images.BadImageError) -> str:
+    return f"{source.name(index)}: {error.reason}"

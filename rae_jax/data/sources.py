@@ -1,0 +1,334 @@
+"""Random-access image collections.
+
+A source has a length, `num_classes` and `class_names`; item i is a record with
+"image" (encoded bytes or uint8 (h, w, 3)), "label" and "name".
+"""
+
+import difflib
+import glob
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from PIL import Image
+
+from rae_jax.data import images, photos, records
+
+Record = dict[str, Any]
+
+
+class Source(Protocol):
+    """What every image collection offers."""
+
+    class_names: tuple[str, ...]
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class ClassFolder:
+    """Images in one folder per class; the label is the rank of the folder's name.
+
+    Labels and order are those of torchvision's ImageFolder, which the official code
+    reads: classes sorted by name, folders inside a class sorted, files sorted. Hidden
+    files and folders are left out.
+
+    Raises:
+        ValueError: The folder is not laid out so; says what was found instead.
+    """
+
+    def __init__(self, path: str | Path):
+        self._root = _existing_folder(path, "<class name>/<image>.jpg")
+        self.class_names = tuple(_subfolders(self._root))
+        if not self.class_names:
+            raise ValueError(_no_classes(self._root))
+        self._files: list[str] = []
+        self._labels: list[int] = []
+        empty = []
+        for label, name in enumerate(self.class_names):
+            files = _images_below(self._root, name)
+            self._files += files
+            self._labels += [label] * len(files)
+            empty += [] if files else [name]
+        if empty:
+            raise ValueError(
+                f"{self._root}: no images in {_some(empty)}. Expected every folder to "
+                f"be a class with files of type {', '.join(images.EXTENSIONS)}; remove "
+                "the others."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """Returns the path of one image relative to the folder."""
+        return self._files[index]
+
+    def __getitem__(self, index: int) -> Record:
+        return _read_file(self._root, self._files[index], self._labels[index])
+
+
+class FlatFolder:
+    """Images directly in one folder, sorted by name, all with label 0.
+
+    Raises:
+        ValueError: The folder has no images; says what was found instead.
+    """
+
+    class_names = ("image",)
+    num_classes = 1
+
+    def __init__(self, path: str | Path):
+        self._root = _existing_folder(path, "<image>.jpg")
+        self._files = _images_in(self._root)
+        if not self._files:
+            raise ValueError(_no_images(self._root))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """Returns the name of one file in the folder."""
+        return self._files[index]
+
+    def __getitem__(self, index: int) -> Record:
+        return _read_file(self._root, self._files[index], 0)
+
+
+class ArrayRecords:
+    """Shards that `rae-jax prepare` wrote: their folder, or a glob of some of them.
+
+    Raises:
+        ValueError: Shards or their metadata are missing or do not agree.
+    """
+
+    def __init__(self, path: str | Path):
+        folder, chosen = Path(path), None
+        if glob.has_magic(str(path)):
+            folder = Path(path).parent
+            chosen = {Path(match).name for match in glob.glob(str(path))}
+        _existing_folder(folder, "<shard>.array_record and metadata.json")
+        metadata = records.read_metadata(folder)
+        counts = metadata["shards"]
+        names = [name for name in counts if chosen is None or name in chosen]
+        names = [name for name in names if counts[name]]
+        if not names:
+            raise ValueError(f"{path} names none of the {len(counts)} shards there.")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks {_some(missing)}; prepare it again.")
+        self.class_names = tuple(metadata["class_names"])
+        self._records = _open_shards([str(folder / name) for name in names])
+        expected = sum(counts[name] for name in names)
+        if len(self._records) != expected:
+            raise ValueError(
+                f"{folder} has {len(self._records)} records, but {records.METADATA} "
+                f"counts {expected}; prepare it again."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return records.unpack(self._records[index])
+
+
+class Synthetic:
+    """Smooth random colours, brighter for higher classes; image i is always the same.
+
+    For tests and for measuring speed without a data set.
+    """
+
+    def __init__(
+        self,
+        num_images: int = 1024,
+        image_size: int = 64,
+        num_classes: int = 10,
+        seed: int = 0,
+    ):
+        for name, value in (
+            ("num_images", num_images),
+            ("image_size", image_size),
+            ("num_classes", num_classes),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        self.num_classes = num_classes
+        self.class_names = tuple(f"class {k}" for k in range(num_classes))
+        self._num_images, self._image_size, self._seed = num_images, image_size, seed
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def __getitem__(self, index: int) -> Record:
+        label = index % self.num_classes
+        rng = np.random.default_rng([self._seed, index])
+        floor = round(192 * label / self.num_classes)
+        coarse = rng.integers(floor, floor + 64, (4, 4, 3), dtype=np.uint8)
+        size = (self._image_size, self._image_size)
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR)
+        return {"image": np.array(image), "label": label, "name": f"synthetic {index}"}
+
+
+Folder = ClassFolder | FlatFolder
+
+SOURCES = {
+    "class_folder": ClassFolder,
+    "flat_folder": FlatFolder,
+    "array_record": ArrayRecords,
+    "photos": photos.Photos,
+    "synthetic": Synthetic,
+}
+
+# Folder names in which data sets commonly keep a split.
+_SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid")}
+
+
+def make_source(
+    name: str, *, path: str | Path = "", split: str = "train", **options: Any
+) -> Source:
+    """Returns an image collection by name.
+
+    Args:
+        name: One of `SOURCES`.
+        path: Folder of the images; with a subfolder "train" and "validation" or "val"
+            the split's is read, and without any the folder itself is "train".
+        split: "train", "validation", or "all" for the folder itself.
+        options: Further arguments of the source's constructor.
+
+    Raises:
+        ValueError: A name is unknown, or the folder is not what the source reads.
+    """
+    if name not in SOURCES:
+        close = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"Unknown data source {name!r}; choose from {list(SOURCES)}.{hint}"
+        )
+    if name == "photos":
+        return photos.Photos(split, **options)
+    if name == "synthetic":
+        return Synthetic(**options)
+    if not path:
+        raise ValueError(f"The data source {name!r} needs a path.")
+    return SOURCES[name](_split_folder(name, Path(path), split), **options)
+
+
+def open_folder(path: str | Path, layout: str = "auto") -> Folder:
+    """Returns a folder of images as a source.
+
+    Args:
+        path: The folder.
+        layout: "class", "flat", or "auto": class if there are subfolders and no image
+            beside them.
+    """
+    if layout == "auto":
+        root = _existing_folder(path, "images or class folders")
+        layout = "flat" if _images_in(root) or not _subfolders(root) else "class"
+    if layout not in ("class", "flat"):
+        raise ValueError(
+            f"Unknown layout {layout!r}; choose from ['auto', 'class', 'flat']."
+        )
+    return ClassFolder(path) if layout == "class" else FlatFolder(path)
+
+
+def _split_folder(source: str, path: Path, split: str) -> Path:
+    if split == "all" or glob.has_magic(str(path)):
+        return path
+    if split not in _SPLIT_FOLDERS:
+        choices = [*_SPLIT_FOLDERS, "all"]
+        raise ValueError(f"Unknown split {split!r}; choose from {choices}.")
+    for folder in (path / child for child in _SPLIT_FOLDERS[split]):
+        # A class may be called "train": it holds images, a split holds classes.
+        if folder.is_dir() and (source != "class_folder" or _subfolders(folder)):
+            return folder
+    if split == "train":
+        return path
+    raise ValueError(
+        f"{path} has no folder {' or '.join(_SPLIT_FOLDERS[split])} for the split "
+        f"{split!r}. Name the folder of the split itself and set split to 'all'."
+    )
+
+
+def _existing_folder(path: str | Path, expected: str) -> Path:
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {problem}; expected a folder with {expected}.")
+    return path
+
+
+def _subfolders(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+
+
+def _is_image(name: str) -> bool:
+    return name[0] != "." and name.lower().endswith(images.EXTENSIONS)
+
+
+def _images_in(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
+
+
+def _images_below(root: Path, name: str) -> list[str]:
+    found = []
+    for folder, folders, names in os.walk(root / name, followlinks=True):
+        folders[:] = [child for child in folders if child[0] != "."]
+        found.append((folder, sorted(child for child in names if _is_image(child))))
+    return [
+        os.path.relpath(os.path.join(folder, file), root)
+        for folder, files in sorted(found)
+        for file in files
+    ]
+
+
+def _read_file(root: Path, file: str, label: int) -> Record:
+    path = root / file
+    return {"image": path.read_bytes(), "label": label, "name": str(path)}
+
+
+def _open_shards(paths: list[str]) -> grain.sources.ArrayRecordDataSource:
+    try:
+        return grain.sources.ArrayRecordDataSource(paths)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"A shard is damaged; prepare it again. {error}") from None
+
+
+def _no_classes(root: Path) -> str:
+    expected = f"{root}: expected one folder per class, <class name>/<image>.jpg, "
+    if _images_in(root):
+        return expected + "but found images. Use the source 'flat_folder'."
+    return expected + _what_else(root)
+
+
+def _no_images(root: Path) -> str:
+    expected = f"{root}: expected images ({', '.join(images.EXTENSIONS)}), "
+    if _subfolders(root):
+        return expected + "but found folders. Use the source 'class_folder'."
+    return expected + _what_else(root)
+
+
+def _what_else(root: Path) -> str:
+    names = sorted(os.listdir(root))
+    if any(name.endswith(".array_record") for name in names):
+        return "but found shards. Use the source 'array_record'."
+    return f"but found only {_some(names)}." if names else "but the folder is empty."
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

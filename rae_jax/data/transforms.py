@@ -1,0 +1,167 @@
+"""Crops and flips of uint8 images, pixel for pixel as the official RAE code."""
+
+import dataclasses
+import math
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from rae_jax.data import images
+
+NAMES = ("center_crop", "resize_random_crop", "random_resized_crop", "none")
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Returns the central square (size, size, 3), as ADM and DiT crop ImageNet.
+
+    Halves with a box filter while the shorter side is at least twice the size, then
+    resizes it to the size with a bicubic filter, then crops.
+
+    Args:
+        image: Pixels uint8 (h, w, 3).
+        size: Side of the crop.
+    """
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        half = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(half, Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    shape = (round(picture.width * scale), round(picture.height * scale))
+    pixels = np.array(picture.resize(shape, Image.Resampling.BICUBIC))
+    top = (pixels.shape[0] - size) // 2
+    left = (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def resize_random_crop(
+    image: np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns a random square (size, size, 3) of the image resized to 1.5 x size.
+
+    The transform of RAE decoder training: the shorter side becomes 384 pixels for
+    crops of 256, and int(1.5 * size) otherwise.
+    """
+    pixels = resize_shorter(image, int(1.5 * size))
+    top = rng.integers(pixels.shape[0] - size + 1)
+    left = rng.integers(pixels.shape[1] - size + 1)
+    return pixels[top : top + size, left : left + size]
+
+
+def resize_shorter(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes so that the shorter side has `size` pixels (bicubic, antialiased)."""
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    if shorter == size:
+        return image
+    # The longer side is truncated, as in torchvision.
+    shape = (size * width // shorter, size * height // shorter)
+    return np.array(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Returns a window of random area and aspect ratio, resized to (size, size, 3).
+
+    The distribution of torchvision's RandomResizedCrop, with bicubic resizing and by
+    default the area range of MAE (arXiv:2111.06377), which l-DAE follows.
+
+    Args:
+        image: Pixels uint8 (h, w, 3).
+        size: Side of the result.
+        rng: Source of randomness.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height, drawn log-uniformly.
+    """
+    top, left, height, width = _random_window(image.shape[:2], rng, scale, ratio)
+    window = Image.fromarray(image[top : top + height, left : left + width])
+    return np.array(window.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _random_window(
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Returns (top, left, height, width) of a window inside an image of a shape."""
+    for _ in range(10):
+        area = shape[0] * shape[1] * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        width = round(math.sqrt(area * aspect))
+        height = round(math.sqrt(area / aspect))
+        if 0 < width <= shape[1] and 0 < height <= shape[0]:
+            top = int(rng.integers(shape[0] - height + 1))
+            left = int(rng.integers(shape[1] - width + 1))
+            return top, left, height, width
+    # No draw fitted, as with very long images: the largest central window does.
+    height = min(shape[0], round(shape[1] / ratio[0]))
+    width = min(shape[1], round(shape[0] * ratio[1]))
+    return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width
+
+
+def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mirrors the image left to right with probability one half."""
+    return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform(grain.transforms.RandomMap):
+    """Decodes the image of a record, crops it by name and perhaps flips it."""
+
+    name: str
+    image_size: int
+    flip: bool = False
+
+    def random_map(
+        self, record: dict[str, Any], rng: np.random.Generator
+    ) -> dict[str, Any]:
+        """Returns the record with "image" as uint8 (image_size, image_size, 3)."""
+        record = dict(record)
+        name = record.pop("name", "")
+        image = record["image"]
+        if isinstance(image, bytes):
+            image = images.decode(image, name)
+        image = self._crop(image, rng, name)
+        record["image"] = np.ascontiguousarray(flip(image, rng) if self.flip else image)
+        return record
+
+    def _crop(
+        self, image: np.ndarray, rng: np.random.Generator, name: str
+    ) -> np.ndarray:
+        size = self.image_size
+        if self.name == "center_crop":
+            return center_crop(image, size)
+        if self.name == "resize_random_crop":
+            return resize_random_crop(image, size, rng)
+        if self.name == "random_resized_crop":
+            return random_resized_crop(image, size, rng)
+        if image.shape != (size, size, 3):
+            raise ValueError(
+                f"{name or 'An image'} has shape {image.shape}, but the transform "
+                f"'none' needs ({size}, {size}, 3). Use center_crop, or prepare the "
+                f"data with `rae-jax prepare --size {size} --transform center_crop`."
+            )
+        return image
+
+
+def make_transform(name: str, image_size: int, flip: bool = False) -> Transform:
+    """Returns the transform of records by name.
+
+    Args:
+        name: One of `NAMES`. "none" takes images that already have the size.
+        image_size: Side of the square results.
+        flip: Whether to mirror half of the images.
+    """
+    if name not in NAMES:
+        raise ValueError(f"Unknown transform {name!r}; choose from {list(NAMES)}.")
+    if image_size < 1:
+        raise ValueError(f"image_size must be positive, got {image_size}.")
+    return Transform(name, image_size, flip)

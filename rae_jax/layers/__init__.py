@@ -1,0 +1,1 @@
+"""Network parts that take numbers, never configs."""
