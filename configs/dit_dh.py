@@ -21,7 +21,7 @@ VARIANTS = {
     "l_256": dict(model=dit_dh.PRESETS["l"]),
     "xl_256": {},
     "photos": dict(
-        num_steps=900,
+        num_steps=600,
         data=blocks.photos(batch_size=32),
         encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
         latent_stats="../latent_stats",
@@ -39,7 +39,7 @@ VARIANTS = {
         ),
         ema_decay=0.99,
         sampling=dict(guidance_scale=1.5),
-        every=dict(log=20, checkpoint=100, evaluate=300),
+        every=dict(log=10, checkpoint=50, evaluate=300),
     ),
     "folder": dict(
         inherits="photos",

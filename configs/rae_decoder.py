@@ -19,7 +19,7 @@ VARIANTS = {
     "l": dict(model=decoder.PRESETS["l"]),
     "xl": {},
     "photos": dict(
-        num_steps=500,
+        num_steps=450,
         data=blocks.photos(batch_size=32),
         encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
         model=dict(
@@ -34,7 +34,7 @@ VARIANTS = {
         noise=dict(tau=0.2),
         optimizer=dict(peak_lr=1e-3, warmup_steps=30, clip_norm=1.0),
         ema_decay=0.98,
-        every=dict(log=20, checkpoint=100, evaluate=100),
+        every=dict(log=10, checkpoint=50, evaluate=150),
     ),
     "folder": dict(
         inherits="photos",

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     # A verb's module imports JAX and more: only the one that is called is loaded
     # in full, unless all are listed.
-    asked = [word for word in argv if word in VERBS][:1]
+    asked = [word for word in argv[:1] if word in VERBS]
     for verb in asked or VERBS:
         module = importlib.import_module(f"rae_jax.commands.{verb}")
         sub = verbs.add_parser(verb, help=module.HELP, description=module.HELP)

@@ -28,6 +28,7 @@ LEVELS = {
     "training": 3,
     "convert": 3,
     "evaluation": 4,
+    "reporting": 4,
     "trainers": 5,
     "planning": 5,
     "commands": 6,

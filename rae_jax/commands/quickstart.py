@@ -112,6 +112,7 @@ def run_stage(config: Any, stage: Path, workdir: Path, name: str) -> None:
     if registry.is_finished(config, stage):
         console.print("finished before")
         return
+    (workdir / GENERATION_NAME).unlink(missing_ok=True)  # It measures another run.
     timed(workdir, name, lambda: registry.train(config, stage, title=name))
     for picture in sorted(stage.glob("*.png")):
         console.print(f"picture: {picture}", soft_wrap=True)

@@ -27,13 +27,14 @@ def run(args: argparse.Namespace) -> int:
 
     files = find_images(args.images)
     loaded = autoencoder.load(args.workdir)
+    reconstruct = autoencoder.make_reconstruct(loaded)
     size = loaded.config.data.image_size
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]
         pixels = np.stack(
             [transforms.center_crop(images.decode(f), size) for f in part]
         )
-        write_pairs(args.out, part, pixels, autoencoder.reconstruct(loaded, pixels))
+        write_pairs(args.out, part, pixels, reconstruct(pixels))
     print(f"{len(files)} reconstructions: {args.out}")
     return 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
+from rich.progress import Progress
 
 from rae_jax import config as configs
 
@@ -53,8 +53,13 @@ def run(args: argparse.Namespace) -> int:
     batches = generator.images(
         labels, scale=scale, seed=args.seed, batch_size=args.batch_size
     )
-    total = -(-len(labels) // args.batch_size)
-    images = np.concatenate(list(track(batches, "sampling", total=total)))
+    parts = []
+    with Progress() as bar:
+        task = bar.add_task("sampling", total=len(labels))
+        for part in batches:
+            parts.append(part)
+            bar.advance(task, len(part))
+    images = np.concatenate(parts)
     save(args.out, images, labels)
     print(f"{len(images)} images: {args.out}")
     return 0

@@ -4,6 +4,7 @@ Every sample has its own key, made of the seed and its index, so the same image 
 out whatever the batch size, the number of devices or the order.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -40,10 +41,12 @@ def generate(
     Args:
         sample: Called as sample(index (b,), labels (b,)) -> images in [0, 1].
         labels: Class of every sample.
-        batch_size: Samples at a time; the last batch is filled up and cut.
+        batch_size: Samples at a time, raised to a multiple of the devices; the last
+            batch is filled up and cut.
         sharding: How the rows of a batch are laid out.
     """
-    total = len(labels)
+    total, devices = len(labels), sharding.num_devices
+    batch_size = math.ceil(batch_size / devices) * devices
     for start in range(0, total, batch_size):
         index = np.minimum(np.arange(start, start + batch_size), total - 1)
         rows = (index.astype(np.int32), labels[index].astype(np.int32))

@@ -118,8 +118,3 @@ class RAE(nnx.Module):
 
     def _stats(self) -> Stats:
         return {"mean": self.latent_mean[...], "var": self.latent_var[...]}
-
-
-def image_size(decoder: Any) -> int:
-    """Returns the height and width of the images that a decoder makes."""
-    return math.isqrt(decoder.num_patches) * decoder.patch_size

@@ -117,8 +117,10 @@ def _label(axes, log: bool) -> None:
     from matplotlib import ticker
 
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    nice = [1, 2, 2.5, 5, 10]
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=nice))
     axes.margins(x=0.02, y=0.08)
+    axes.set_xlim(left=0)
     if log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -127,7 +129,7 @@ def _label(axes, log: bool) -> None:
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.set_ylim(low, high)
     else:
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=nice))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:.4g}"))
     axes.yaxis.grid(True)
     axes.set_axisbelow(True)

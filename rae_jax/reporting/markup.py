@@ -28,7 +28,7 @@ def significant(value: Any) -> str:
 
 def percent(share: Any) -> str:
     """Formats a share of one."""
-    return NOTHING if _absent(share) else f"{100 * share:.1f} %"
+    return NOTHING if _absent(share) else f"{100 * share:.1f}\u00a0%"
 
 
 def duration(seconds: Any) -> str:
@@ -65,14 +65,29 @@ def missing(what: str, files: Sequence[str] = ()) -> str:
 
 
 def images(
-    row: Sequence[np.ndarray], *, alt: str, columns: int, label: str = ""
+    row: Sequence[np.ndarray], *, alt: str, columns: int = 0, label: str = ""
 ) -> str:
-    """Images side by side, described as one picture."""
-    parts = "".join(f'<img src="{tiles.data_uri(x)}" alt="">' for x in row)
+    """Images side by side, described as one picture; 0 columns: the style decides."""
+    style = f' style="--n:{columns}"' if columns else ""
     return (
         f'<div class="tiles" role="img" aria-label="{escape(alt)}" '
-        f'data-label="{escape(label)}" style="--n:{columns}">{parts}</div>'
+        f'data-label="{escape(label)}"{style}>{_images(row)}</div>'
     )
+
+
+def stacks(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> str:
+    """Images that belong together above each other, the rows named on the left."""
+    names = "".join(f"<li>{escape(label)} </li>" for label in labels)
+    columns = "".join(f"<div>{_images(x)}</div>" for x in zip(*rows, strict=True))
+    alt = escape(f"From above: {', '.join(labels)}")
+    return (
+        f'<div class="body rowed"><ol>{names}</ol><div class="stacks" role="img" '
+        f'aria-label="{alt}">{columns}</div></div>'
+    )
+
+
+def _images(row: Sequence[np.ndarray]) -> str:
+    return "".join(f'<img src="{tiles.data_uri(x)}" alt="">' for x in row)
 
 
 def whole(pixels: np.ndarray, *, alt: str) -> str:

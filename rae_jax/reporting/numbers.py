@@ -9,7 +9,7 @@ LEVEL = 0.01  # and up to here none.
 _FEATURES = {
     "encoder": ("l-DAE encoder", "frozen, patch features averaged over the image"),
     "random": ("Random encoder", "the same network, not trained"),
-    "pca": ("Patch PCA", "what the l-DAE gets as input, every patch kept"),
+    "pca": ("Patch PCA", "the space in which the l-DAE adds noise; every patch kept"),
     "pixels": ("Raw pixels", "every pixel kept"),
 }
 _SETS = {
@@ -62,9 +62,8 @@ def probe(run: folder.Quickstart) -> str:
         for name, score in scores.items()
         if score is not None
     ]
-    chance = (
-        f" Chance is {markup.percent(1 / len(run.classes))}." if run.classes else ""
-    )
+    count = len(run.classes)
+    chance = f" Chance is {100 / count:.3g}\u00a0%." if count else ""
     return markup.section(
         "probe",
         "What the encoder knows",
@@ -178,9 +177,9 @@ def frechet_sentence(scores: dict[str, float | None]) -> str:
 def _sizes(found: dict) -> str:
     samples, reference = found.get("num_samples"), found.get("num_reference")
     text = (
-        f"Every set has {markup.decimals(samples, 0)} images, the reference "
-        f"{markup.decimals(reference, 0)}. Even real crops do not reach 0, because "
-        "the distance grows as sets shrink"
+        f"{markup.decimals(samples, 0)} samples of each kind, compared with "
+        f"{markup.decimals(reference, 0)} training crops. Even other training crops "
+        "do not reach 0, because the distance grows as sets shrink"
     )
     if isinstance(samples, (int, float)) and samples <= _FEATURE_WIDTH:
         text += f"; with {_FEATURE_WIDTH} features these sets are small"
@@ -209,10 +208,10 @@ def curves(run: folder.Quickstart) -> str:
         markup.paragraph(
             "Losses are means between two log lines: pale as logged, strong when "
             "smoothed; the axis is logarithmic where the values span a wide range. "
-            "Scores are of the averaged weights on held-out crops. Latent statistics "
-            "are one pass without a loss."
+            "Scores are from held-out crops, by averaged weights where a stage keeps "
+            "them. Latent statistics are one pass without a loss."
         ),
-        f'<div class="body">{body}</div>' if body else "",
+        f'<div class="body curves">{body}</div>' if body else "",
         markup.missing(
             "Stages without a log so far",
             [folder.STAGES[s] for s in _LOSSES if not run.stages[s].records],

@@ -19,7 +19,7 @@ _LINKS = {
     "reproduce": "Reproduce",
 }
 _CHAIN = (
-    ("l-DAE", "learns to denoise images; half of it becomes the encoder"),
+    ("l-DAE", "learns to denoise images; its first blocks become the encoder"),
     ("Linear probe", "measures what the frozen encoder knows"),
     ("RAE decoder", "learns to turn the encoder’s latents back into pixels"),
     ("Latent statistics", "bring the latents to mean 0 and variance 1"),
@@ -108,20 +108,40 @@ def _notice(run: folder.Quickstart) -> str:
 
 
 def _key_figures(run: folder.Quickstart) -> str:
+    if not run.metrics:
+        return ""
+    figures = (*_run_figures(run), *_score_figures(run))
+    return f'<dl class="key">{"".join(_figure(*figure) for figure in figures)}</dl>'
+
+
+def _run_figures(run: folder.Quickstart) -> tuple[tuple[str, str, str, str], ...]:
+    """Name, value, unit and remark of what the run took."""
     seconds = [x for x in run.block("seconds").values() if isinstance(x, (int, float))]
-    recon, probe = run.block("reconstruction"), run.block("probe")
-    made = run.block("generation")
-    floor = markup.significant(made.get("fd_efflite0_real_train"))
-    ceiling = markup.significant(made.get("fd_efflite0_untrained"))
-    memory = markup.decimals(run.metrics.get("peak_memory_gb"), 1)
-    figures = (
+    return (
         (
             "Total time",
             markup.duration(sum(seconds) if seconds else None),
             "",
             str(run.metrics.get("device", "")),
         ),
-        ("Peak memory", memory, "GB", "of the process"),
+        (
+            "Peak memory",
+            markup.decimals(run.metrics.get("peak_memory_gb"), 1),
+            "GB",
+            "of the process",
+        ),
+    )
+
+
+def _score_figures(run: folder.Quickstart) -> tuple[tuple[str, str, str, str], ...]:
+    recon, probe = run.block("reconstruction"), run.block("probe")
+    made = {
+        name.removeprefix("fd_efflite0_"): markup.significant(value)
+        for name, value in run.block("generation").items()
+    }
+    floor = made.get("real_train", markup.NOTHING)
+    ceiling = made.get("untrained", markup.NOTHING)
+    return (
         (
             "Reconstruction PSNR",
             markup.decimals(recon.get("psnr"), 1),
@@ -142,12 +162,11 @@ def _key_figures(run: folder.Quickstart) -> str:
         ),
         (
             "fd_efflite0",
-            markup.significant(made.get("fd_efflite0_samples")),
+            made.get("samples", markup.NOTHING),
             "",
             f"floor {floor}, untrained {ceiling}",
         ),
     )
-    return f'<dl class="key">{"".join(_figure(*figure) for figure in figures)}</dl>'
 
 
 def _figure(name: str, value: str, unit: str, more: str) -> str:

@@ -38,7 +38,7 @@ def samples(run: folder.Quickstart) -> str:
             "the class alone. Nothing was picked by hand."
         ),
         *(f'<div class="body">{part}</div>' for part in parts),
-        _note_rows(counts),
+        _note_rows(counts) if _PLAIN in sheets else "",
         _missing(run, tuple(titles)),
     )
 
@@ -67,9 +67,8 @@ def _classes(run, sheets, titles) -> str:
         for file, sheet in sheets.items():
             row = sheet[i][:_MAX_COLUMNS] if i < len(sheet) else []
             label = titles[file]
-            parts.append(
-                markup.images(row, alt=f"{label}: {name}", columns=4, label=label)
-            )
+            text = f"{label}: {name}"
+            parts.append(markup.images(row, alt=text, label=label))
     style = f"--groups:{len(sheets)}"
     return f'<div class="samples" style="{style}">{"".join(parts)}</div>'
 
@@ -88,9 +87,9 @@ def reconstructions(run: folder.Quickstart) -> str:
         "reconstructions",
         "Reconstructions",
         markup.paragraph(
-            "Crops from the corner of each photograph that no network was trained on, "
-            "and the same crops after encoder and decoder. The encoder was never "
-            "trained to keep pixels, so what is lost here is lost to all samples too."
+            "Crops from the corner of each photograph that no stage was trained on, "
+            "and the same crops after encoder and decoder. Samples pass through the "
+            "same decoder and share its blur."
         ),
         _sheet(run, "reconstructions.png", ("Input", "Reconstruction")),
         markup.facts(scores) if found else "",
@@ -122,8 +121,8 @@ def strip(run: folder.Quickstart) -> str:
         markup.paragraph(
             "A few samples while they are generated: the diffusion transformer moves "
             "latents from noise to data, and the decoder shows what they look like on "
-            "the way. The decoder knows clean latents only, which is why pure noise "
-            "looks like texture."
+            "the way. It was trained on latents of real images, so pure noise decodes "
+            "to some texture."
         ),
         body,
         _missing(run, ("strip.png",)),
@@ -143,8 +142,8 @@ def denoising(run: folder.Quickstart) -> str:
         markup.paragraph(
             "Its task: noise is added to the principal components of image patches, "
             "and the network predicts the clean image. Held-out crops, the same crops "
-            "with noise, and the prediction. The first half of this network is the "
-            "encoder of all that follows."
+            "with noise, and the prediction. The first blocks of this network are the "
+            "encoder of all other stages."
         ),
         _sheet(run, "ldae/denoising.png", ("Image", "With noise", "Denoised")),
         markup.facts(scores) if found else "",
@@ -154,20 +153,15 @@ def denoising(run: folder.Quickstart) -> str:
 
 
 def _sheet(run: folder.Quickstart, file: str, labels: Sequence[str]) -> str:
-    """A picture with named rows; the names repeat if it has more rows."""
+    """A picture with named rows."""
     picture = _load(run, (file,)).get(file)
     if picture is None:
         return ""
     sheet = tiles.cut(picture)
-    if sheet is None or len(sheet) % len(labels):
+    if sheet is None or [len(row) for row in sheet] != [len(sheet[0])] * len(labels):
         alt = f"Rows from above: {', '.join(labels)}"
         return f'<div class="body">{markup.whole(picture, alt=alt)}</div>'
-    parts = []
-    for i, row in enumerate(sheet):
-        label = labels[i % len(labels)]
-        parts.append(f"<h3>{label}</h3>")
-        parts.append(markup.images(row, alt=label, columns=len(row)))
-    return f'<div class="body rowed">{"".join(parts)}</div>'
+    return markup.stacks(sheet, labels)
 
 
 def _load(run: folder.Quickstart, names: Sequence[str]) -> dict[str, np.ndarray]:

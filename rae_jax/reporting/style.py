@@ -72,25 +72,30 @@ section > p + p { margin-top: 12px; }
 .chain b { display: block; margin: 2px 0 4px; color: var(--ink); font-size: .95rem;
   font-weight: 620; }
 
-.tiles { display: grid; gap: 3px; grid-template-columns: repeat(var(--n), 1fr); }
-.tiles img, .pair img { display: block; width: 100%; height: auto;
+.tiles { display: grid; gap: 3px; --n: 9;
+  grid-template-columns: repeat(var(--n), 1fr); }
+.tiles img { display: block; width: 100%; height: auto;
   border-radius: 2px; }
 img { image-rendering: pixelated; }
 @media (max-resolution: 1.4dppx) { img { image-rendering: auto; } }
 .whole { max-width: 100%; border-radius: 6px; }
 .samples { display: grid; gap: 18px 30px; align-items: center;
-  grid-template-columns: 92px repeat(var(--groups), 1fr); }
+  grid-template-columns: minmax(92px, max-content)
+    repeat(var(--groups), minmax(0, 320px)); }
 .samples .head { font-size: .875rem; font-weight: 620; align-self: end;
   padding-bottom: 8px; border-bottom: 1px solid var(--rule); }
-.samples h3 { color: var(--ink); overflow-wrap: anywhere; }
 .samples .tiles { --n: 4; }
 .samples .tiles::before { display: none; content: attr(data-label);
   grid-column: 1 / -1; color: var(--muted); font-size: .75rem; line-height: 1.3;
   padding-top: 6px; }
-.rowed { display: grid; grid-template-columns: 92px 1fr; gap: 6px 30px;
-  align-items: center; }
-.rowed h3 { font-weight: 500; color: var(--muted); font-size: .875rem; }
-.rowed .tiles { gap: 6px; }
+.rowed { display: grid; gap: 0 30px;
+  grid-template-columns: minmax(92px, max-content) 1fr; }
+.rowed ol { list-style: none; display: grid; align-items: center; color: var(--muted);
+  grid-auto-rows: 1fr; font-size: .875rem; }
+.stacks { display: grid; gap: 6px; --n: 10;
+  grid-template-columns: repeat(var(--n), 1fr); }
+.stacks div { display: grid; gap: 6px; }
+.stacks img { display: block; width: 100%; height: auto; border-radius: 2px; }
 .axis { display: flex; justify-content: space-between; align-items: center; gap: 16px;
   color: var(--muted); font-size: .875rem; margin-bottom: 12px; }
 .axis i { flex: 1; height: 1px; background: var(--rule); position: relative; }
@@ -116,15 +121,14 @@ tr.strong td.bar span { background: var(--accent); }
 
 .charts { display: grid; gap: 36px 40px; grid-template-columns: repeat(2, 1fr); }
 .charts.three { grid-template-columns: repeat(3, 1fr); }
-.charts + h3, .body > h3 { margin: 44px 0 18px; }
-.body > h3:first-child { margin-top: 0; }
+.curves > h3 { margin: 44px 0 18px; }
+.curves > h3:first-child { margin-top: 0; }
 .chart figcaption { font-size: .9rem; font-weight: 620; margin-bottom: 8px;
   line-height: 1.4; }
 .chart figcaption small { display: block; font-weight: 400; font-size: .8125rem;
   color: var(--muted); }
 .chart svg { display: block; width: 100%; height: auto; overflow: visible; }
-.legend { margin-left: 12px; white-space: nowrap; }
-.legend:first-child { margin-left: 0; }
+.legend { margin-right: 14px; white-space: nowrap; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
   margin-right: 6px; vertical-align: middle; }
 
@@ -162,15 +166,24 @@ footer { padding-top: 72px; padding-bottom: 72px; }
   .key > div:nth-child(n) { padding: 2px 14px; border-left: 1px solid var(--rule); }
   .key > div:nth-child(odd) { padding-left: 0; border-left: 0; }
   .chain, .charts, .charts.three { grid-template-columns: 1fr; }
+  .chain { gap: 8px; }
+  .chain li { padding: 10px 14px 12px; }
+  .chain li::before { float: left; margin: 1px 10px 0 0; }
   .samples { grid-template-columns: 1fr; gap: 0; }
   .samples .head { display: none; }
   .samples h3 { margin-top: 22px; }
   .samples .tiles { --n: 8; gap: 2px; }
   .samples .tiles::before { display: block; }
-  .rowed { grid-template-columns: 1fr; gap: 4px; }
-  .rowed .tiles, .strip .tiles { gap: 2px; }
-  .rowed h3 { margin-top: 8px; }
-  td.bar { display: none; }
+  .strip .tiles { gap: 2px; }
+  .rowed { grid-template-columns: 1fr; gap: 12px; }
+  .rowed ol { display: block; }
+  .rowed li { display: inline; }
+  .rowed li:first-child::before { content: "From above: "; }
+  .rowed li + li::before { content: "· "; }
+  .stacks { --n: 5; gap: 14px 6px; }
+  .stacks div { gap: 2px; }
+  .bar { display: none; }
+  td.n:nth-last-child(2), th.n:nth-last-child(2) { padding-right: 0; }
   th, td { padding-right: 12px; }
   .config { columns: 1; }
 }
@@ -179,10 +192,17 @@ footer { padding-top: 72px; padding-bottom: 72px; }
   body { font-size: 10.5pt; }
   main, header, footer { max-width: none; padding: 0; }
   header { padding-top: 0; }
+  .key, .chain { margin-top: 24pt; }
   nav { display: none; }
   section { padding-top: 32pt; }
-  h2, h3, .head { break-after: avoid; }
-  figure, tr, .samples > *, .key, .chain, .tiles { break-inside: avoid; }
+  h2, h2 + p, .curves > h3 { break-after: avoid; }
+  #samples { break-before: page; padding-top: 0; }
+  .chain { grid-template-columns: repeat(5, 1fr); gap: 6px; }
+  .chain li { padding: 10px; font-size: 8.5pt; }
+  .charts.three { grid-template-columns: repeat(3, 1fr); gap: 24px; }
+  .samples { gap: 10px 18px; }
+  p, figure, table, .samples > *, .key, .chain, .tiles, .stacks div {
+    break-inside: avoid; }
   details::details-content { content-visibility: visible; height: auto; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

@@ -63,11 +63,16 @@ def _tiles(pixels: np.ndarray, size: int, gap: int) -> list[list[np.ndarray]]:
     tops = range(gap, pixels.shape[0] - gap, size + gap)
     lefts = range(gap, pixels.shape[1] - gap, size + gap)
     rows = [[pixels[y : y + size, x : x + size] for x in lefts] for y in tops]
-    return [[tile for tile in row if (tile < 255).any()] for row in rows]
+    for row in rows:
+        while row and (row[-1] == 255).all():
+            row.pop()
+    return rows
 
 
 def data_uri(pixels: np.ndarray) -> str:
     """Encodes uint8 (h, w, 3) without loss, as a data URI."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(
+        buffer, "WEBP", lossless=True, method=2
+    )
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,6 +1,7 @@
 """A trained RAE: what a `rae_decoder` workdir holds, ready to encode and decode."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -65,8 +66,13 @@ def load(workdir: Path) -> Autoencoder:
     )
 
 
-def reconstruct(loaded: Autoencoder, images: np.ndarray) -> np.ndarray:
-    """Maps uint8 images (b, h, w, 3) through encoder and decoder, to uint8."""
+def make_reconstruct(loaded: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the map of uint8 images (b, h, w, 3) through encoder and decoder."""
     function = rae_decoder.make_reconstruct(loaded.config)
-    recon = function(loaded.params["decoder"], loaded.params["encoder"], images)
-    return np.asarray(reconstruction.to_uint8(recon))
+    params = jax.device_put(loaded.params)
+
+    def reconstruct(images):
+        recon = function(params["decoder"], params["encoder"], images)
+        return np.asarray(reconstruction.to_uint8(recon))
+
+    return reconstruct

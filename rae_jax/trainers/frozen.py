@@ -70,6 +70,10 @@ def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:
 def load_ldae(workdir: Path, sizes: ConfigDict, ema: bool) -> state.Params:
     """Reads the encoder half of an l-DAE run, with its patch PCA."""
     run = configs.read_config(workdir / checkpoints.CONFIG_NAME)
+    if run.trainer != "ldae":
+        raise configs.ConfigError(
+            f"{workdir} holds a run of {run.trainer!r}, not of 'ldae'."
+        )
     expected = ldae_sizes(run)
     given = {k: v for k, v in sizes.to_dict().items() if k in expected}
     wrong = [f"{k} = {given[k]}, the run has {expected[k]}" for k in given]

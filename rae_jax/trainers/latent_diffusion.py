@@ -143,7 +143,7 @@ def make_sample(
         eps = generate.sample_noise(seed, index, shape)
         z, states = samplers.sample_euler_states(velocity, eps, labels, times, keep)
         states = rae.denormalize(states.reshape(-1, *shape), stats)
-        return rae.denormalize(z, stats), states.reshape(len(keep), -1, *shape)
+        return rae.denormalize(z, stats), states.reshape(len(keep), *z.shape)
 
     return jax.jit(sample, static_argnums=2)
 

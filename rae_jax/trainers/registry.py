@@ -50,12 +50,14 @@ def train(config: ConfigDict, workdir: Path, *, title: str = "") -> Any:
         ConfigError, ValueError: For a config, data or weights that cannot be used.
     """
     workdir = Path(workdir).absolute()
+    checkpoints.check_config(workdir, config, loop.MAY_CHANGE)
     mesh = sharding.make_mesh(config.mesh.data)
     accumulate = config.optimizer.accumulate if "optimizer" in config else 1
     sharding.check_batch_size(config.data.batch_size, mesh, accumulate)
     with jax.set_mesh(mesh):
         program = trainer(config).build(config, workdir, mesh)
     program = dataclasses.replace(program, flops_per_step=model_flops(config))
+    (workdir / FINISHED_NAME).unlink(missing_ok=True)  # A longer run is not.
     state = loop.run(program, config, workdir, title=title or config.trainer)
     configs.write_atomically(
         workdir / FINISHED_NAME, str(program.design.num_steps).encode()

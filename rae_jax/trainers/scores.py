@@ -73,7 +73,8 @@ def generation_scores(
 
     All sets that are compared have `num_samples` images, because the distance grows
     as a set shrinks. Real training images that are not in the reference and
-    validation images are the floor, an untrained network is the ceiling.
+    validation images are the floor, an untrained network is the ceiling. Without
+    enough validation images, their distance is left out.
 
     Args:
         workdir: Folder of a `latent_diffusion` run.
@@ -83,6 +84,9 @@ def generation_scores(
         seed: Of the samples.
         scale: Guidance scale compared with none; the config's if None.
         folder: Where pictures go; the workdir if None.
+
+    Raises:
+        ValueError: If there are too few training images.
     """
     generator = generation.load(Path(workdir))
     data = generator.config.data
@@ -95,8 +99,9 @@ def generation_scores(
         "samples": generator.images(labels, scale=1.0, **options),
         "guided": generator.images(labels, scale=scale, **options),
         "untrained": generator.untrained().images(labels, scale=1.0, **options),
-        "real_validation": _real(data, "validation", num_samples),
     }
+    if _has(data, "validation", num_samples):
+        sets["real_validation"] = _real(data, "validation", num_samples)
     moments = {"real_train": held_out}
     kept = {}
     for name, batches in sets.items():
@@ -150,12 +155,22 @@ def save_real(data, num_classes: int, folder: Path) -> None:
 def _real_moments(net, data, num_reference: int, num_held_out: int):
     """Splits training images into a reference and as many others as samples."""
     images = np.concatenate(list(_real(data, data.split, num_reference + num_held_out)))
+    if len(images) < 2 * num_held_out:
+        raise ValueError(
+            f"{len(images)} training images are too few to compare {num_held_out} "
+            f"samples with; lower --num-samples to at most {len(images) // 2}."
+        )
     order = np.random.default_rng(0).permutation(len(images))
-    held_out = min(num_held_out, len(images) // 2)
-    return (
-        net.moments([images[order[held_out:]]]),
-        net.moments([images[order[:held_out]]]),
-    )
+    held_out, reference = order[:num_held_out], order[num_held_out:]
+    return net.moments([images[reference]]), net.moments([images[held_out]])
+
+
+def _has(data, split: str, count: int) -> bool:
+    """Returns whether a split exists and has at least `count` images."""
+    try:
+        return len(inputs.open_source(data, split)) >= count
+    except ValueError:
+        return False
 
 
 def _real(data, split: str, limit: int) -> Iterator[np.ndarray]:

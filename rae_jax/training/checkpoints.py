@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
@@ -69,11 +69,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=args)
         except Exception as error:
-            raise CheckpointError(
-                f"The checkpoint of step {step} in {self._manager.directory} cannot "
-                f"be restored into this config's model: {error}\nUse the config that "
-                "it was made with, or another --workdir."
-            ) from error
+            raise _unreadable(self._manager.directory / str(step), error) from error
         return restored.state, restored.data
 
     def close(self) -> None:
@@ -96,14 +92,14 @@ def finished_step(workdir: Path) -> int | None:
 
 
 def load_params(workdir: Path, path: tuple[str, ...] = ("ema_params",)) -> Any:
-    """Reads one part of the newest checkpoint as a plain dict on one device.
+    """Reads one part of the newest checkpoint as a plain dict of NumPy arrays.
 
     Args:
         workdir: Folder of a run.
         path: Where the part lies in the state, such as ("params",).
 
     Raises:
-        CheckpointError: If there is no checkpoint or no such part.
+        CheckpointError: If there is no checkpoint or no such part, or it is damaged.
     """
     step = finished_step(workdir)
     if step is None:
@@ -111,24 +107,43 @@ def load_params(workdir: Path, path: tuple[str, ...] = ("ema_params",)) -> Any:
             f"{str(workdir)!r} holds no checkpoint. Train it first: "
             f"rae-jax train --config ... --workdir {workdir}"
         )
+    try:
+        part = _read_part(workdir, step, path)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _unreadable(folder(workdir) / str(step), error) from error
+    for name in path:
+        part = part[name]
+    return part
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().partition("\n")[0][:300]
+    return CheckpointError(
+        f"The checkpoint {str(path)!r} cannot be read: {reason}\n"
+        "If it is damaged, delete this folder, and the run goes on from the checkpoint "
+        "before it. If it holds another model, use the config that it was made with."
+    )
+
+
+def _read_part(workdir: Path, step: int, path: tuple[str, ...]) -> Any:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handler = ocp.PyTreeCheckpointHandler()
     registry.add("state", ocp.args.PyTreeRestore, handler)
     with ocp.CheckpointManager(folder(workdir), handler_registry=registry) as manager:
         tree = manager.item_metadata(step).state.tree
         target = _abstract_part(tree, path, workdir)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        restore_args = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target
+        )
         args = ocp.args.PyTreeRestore(
             item=target, restore_args=restore_args, partial_restore=True
         )
-        part = manager.restore(step, args=ocp.args.Composite(state=args)).state
-    for name in path:
-        part = part[name]
-    return part
+        return manager.restore(step, args=ocp.args.Composite(state=args)).state
 
 
 def _abstract_part(tree: Any, path: tuple[str, ...], workdir: Path) -> Any:
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
     for name in path:
         if name not in tree:
             raise CheckpointError(
@@ -138,7 +153,7 @@ def _abstract_part(tree: Any, path: tuple[str, ...], workdir: Path) -> Any:
         tree = tree[name]
 
     def abstract(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     part = jax.tree.map(abstract, tree, is_leaf=lambda x: hasattr(x, "shape"))
     for name in reversed(path):
@@ -146,8 +161,8 @@ def _abstract_part(tree: Any, path: tuple[str, ...], workdir: Path) -> Any:
     return part
 
 
-def store_config(workdir: Path, config: ConfigDict, may_change: set[str]) -> None:
-    """Stores the config of a run, or checks that a resumed run has the same.
+def check_config(workdir: Path, config: ConfigDict, may_change: set[str]) -> None:
+    """Checks that a resumed run has the config that it was started with.
 
     Args:
         workdir: Folder of the run.
@@ -167,5 +182,10 @@ def store_config(workdir: Path, config: ConfigDict, may_change: set[str]) -> Non
                 f"{workdir} holds a run with another config:\n  {lines}\n"
                 "Undo the change or start in another --workdir."
             )
+
+
+def store_config(workdir: Path, config: ConfigDict, may_change: set[str]) -> None:
+    """Stores the config of a run, after `check_config`."""
+    check_config(workdir, config, may_change)
     if jax.process_index() == 0:
-        configs.save_config(config, path)
+        configs.save_config(config, Path(workdir) / CONFIG_NAME)

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rae_jax import config as configs
+
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -39,7 +41,8 @@ class MetricsLog:
             return
         path = Path(workdir) / METRICS_NAME
         kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        lines = "".join(json.dumps(r) + "\n" for r in kept)
+        configs.write_atomically(path, lines.encode())
         self._file = path.open("a")
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -71,7 +74,8 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """Reads the scalars of a run; a line cut short by a kill is passed over."""
     path = Path(workdir) / METRICS_NAME
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -102,6 +106,14 @@ class Meter:
         """Starts a new interval, leaving out what came between (evaluation)."""
         self._start = time.perf_counter()
         self._timed = 0
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns what `summary` will average, for a checkpoint."""
+        return {"sums": self._sums, "count": self._count}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues an interval that a checkpoint cut in two."""
+        self._sums, self._count = dict(state["sums"]), state["count"]
 
     def add(self, metrics: dict[str, float]) -> None:
         """Counts one finished step."""

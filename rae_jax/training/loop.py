@@ -94,7 +94,8 @@ class _Run:
         step = self.checkpoints.latest_step()
         if step is not None:
             state, data_state = self.checkpoints.restore(step, self.abstract)
-            self.batches.set_state(data_state)
+            self.batches.set_state(data_state["batches"])
+            self.meter.set_state(data_state["meter"])
             return step, state
         init = jax.jit(self.program.design.init, out_shardings=self.shardings)
         return 0, init(self.key)
@@ -118,16 +119,17 @@ class _Run:
                 if step == start + 1:
                     self._settle()
                     self.meter.restart_clock()  # Leaves out the compilation.
-                self._after_step(step, state, stop.requested)
+                stopped = self._after_step(step, state, stop)
                 progress.update(self.bar, completed=step)
-                if stop.requested:
+                if stopped:
                     raise interrupts.Interrupted(
                         f"Stopped at step {step} of {total}; the same command "
                         "continues from here."
                     )
         return state
 
-    def _after_step(self, step: int, state: Any, stop: bool) -> None:
+    def _after_step(self, step: int, state: Any, stop: interrupts.StopRequest) -> bool:
+        """Logs, evaluates and saves what is due; returns whether to stop."""
         if self._due(step, "log"):
             self._settle()
             self._write(step)
@@ -136,10 +138,16 @@ class _Run:
             scores = self.program.evaluate(state, self.program.frozen, self.workdir)
             self.log.write(step, scores)
             self.meter.restart_clock()
+        stopping = stop.requested  # Read once: whoever stops has saved.
         # Last, so that a run killed before this repeats what it did not save.
-        if self._due(step, "checkpoint") or stop:
+        if self._due(step, "checkpoint") or stopping:
             self._settle()
-            self.checkpoints.save(step, state, self.batches.get_state())
+            position = {
+                "batches": self.batches.get_state(),
+                "meter": self.meter.get_state(),
+            }
+            self.checkpoints.save(step, state, position)
+        return stopping
 
     def _due(self, step: int, name: str) -> bool:
         every = self.config.every[name]
@@ -162,3 +170,11 @@ class _Run:
         loss = scalars.get("loss")
         note = "" if loss is None else f"loss {loss:.4f}"
         self.progress.update(self.bar, note=note)
+        if not self.progress.console.is_terminal:
+            # A log file shows no bar: one line per interval instead.
+            speed = scalars.get("images_per_second", 0.0)
+            left = self.progress.tasks[self.bar].time_remaining or 0.0
+            self.progress.console.print(
+                f"{self.title} {step}/{self.program.design.num_steps} {note} "
+                f"{speed:.0f} images/s, {left:.0f} s left"
+            )
