@@ -2,9 +2,9 @@ r"""l-DAE pre-training (arXiv:2401.14404), final form: patch-PCA noise.
 
     rae-jax train --config configs/ldae.py:VARIANT --workdir runs/ldae
 
-Variants: vit_b and vit_l, the paper's encoders at 256 pixels; photos, the embedded
-photographs (a minute or two on two cores); folder, your own class folders at 64
-pixels; smoke, seconds.
+Variants: vit_b and vit_l, the paper's encoders at 256 pixels; vit_half_l, 12 of 24
+blocks of that width; photos, the embedded photographs (a minute or two on two cores);
+folder, your own class folders at 64 pixels; smoke, seconds.
 """
 
 from ml_collections import ConfigDict

@@ -139,7 +139,9 @@ def evaluate(workdir: Path, num_samples: int) -> None:
     shutil.copyfile(recon, workdir / "reconstructions.png")
     result = workdir / GENERATION_NAME
     if result.is_file():
-        return
+        measured = json.loads(result.read_text())["generation"]
+        if measured["num_samples"] == num_samples:
+            return
     run_config = configs.read_config(workdir / "latent_diffusion" / "config.json")
     scores.save_real(run_config.data, run_config.model.num_classes, workdir)
     found = {
@@ -167,10 +169,12 @@ def write_metrics(workdir: Path) -> None:
 
     config = configs.read_config(workdir / "latent_diffusion" / "config.json")
     devices = jax.devices()
+    path = workdir / "metrics.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     metrics = json.loads((workdir / GENERATION_NAME).read_text()) | {
         "seconds": json.loads((workdir / TIMES_NAME).read_text()),
-        "peak_memory_gb": peak,
+        "peak_memory_gb": max(peak, before.get("peak_memory_gb", 0.0)),
         "device": f"{devices[0].device_kind} x {len(devices)}",
         "versions": {
             "rae_jax": rae_jax.__version__,
@@ -182,4 +186,4 @@ def write_metrics(workdir: Path) -> None:
         "probe": logs.last_scores(workdir / "probe", "top1_"),
     }
     text = json.dumps(metrics, indent=2)
-    configs.write_atomically(workdir / "metrics.json", text.encode())
+    configs.write_atomically(path, text.encode())

@@ -76,6 +76,7 @@ def make_model(config: ConfigDict):
 
 def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     """Fits or reads the tokenizer and assembles the run."""
+    run = design(config)  # A wrong config fails before the tokenizer is stored.
     path = workdir / frozen.TOKENIZER_NAME
     if not path.is_file():
         components = fit_pca(config)
@@ -86,7 +87,7 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
         tokenizers.load_components(path), tokenizer.latent_dim, tokenizer.norm
     )
     return programs.Program(
-        design=design(config),
+        design=run,
         frozen=sharding.place(pca, mesh),
         batches=lambda: inputs.train_batches(config.data, config.seed),
         evaluate=_make_evaluate(config, mesh),

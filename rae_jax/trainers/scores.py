@@ -37,14 +37,16 @@ def run_scores(workdir: Path) -> dict[str, float]:
         state = registry.restore(program, config, workdir, mesh)
         found = program.evaluate(state, program.frozen, workdir)
         if config.trainer == "rae_decoder":
-            found |= _other_lpips(config, state, program.frozen, mesh)
+            for backbone in ("alex", "vgg"):
+                if f"lpips_{backbone}" not in found:
+                    found |= _lpips(backbone, config, state, program.frozen, mesh)
     return found
 
 
-def _other_lpips(config, state, networks, mesh) -> dict[str, float]:
-    """LPIPS by the network that the decoder was not trained with."""
+def _lpips(backbone, config, state, networks, mesh) -> dict[str, float]:
+    """Scores with an LPIPS that the decoder was not trained with."""
     config = config.copy_and_resolve_references()
-    config.loss.perceptual = "vgg" if config.loss.perceptual == "alex" else "alex"
+    config.loss.perceptual = backbone
     reconstruct = rae_decoder.make_reconstruct(config)
     score = rae_decoder.make_scores(config)
     params = sharding.place(frozen.load_lpips(config.loss.perceptual), mesh)

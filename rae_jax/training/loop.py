@@ -44,7 +44,7 @@ def run(
         Interrupted: After a SIGINT or SIGTERM and a last checkpoint.
     """
     workdir = Path(workdir)
-    checkpoints.store_config(workdir, config, MAY_CHANGE)
+    checkpoints.check_config(workdir, config, MAY_CHANGE)
     mesh = sharding.make_mesh(config.mesh.data)
     with jax.set_mesh(mesh):
         return _Run(program, config, workdir, mesh, title).train()
@@ -74,8 +74,9 @@ class _Run:
         self.meter = logs.Meter(program.design.batch_size, program.flops_per_step, peak)
 
     def train(self) -> Any:
+        self.batches = self.program.batches()  # If this fails, nothing is stored.
+        checkpoints.store_config(self.workdir, self.config, MAY_CHANGE)
         self.checkpoints = checkpoints.Checkpoints(self.workdir, keep=self.config.keep)
-        self.batches = self.program.batches()
         try:
             start, state = self._begin()
             self.log = logs.MetricsLog(self.workdir, start)

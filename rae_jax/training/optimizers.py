@@ -95,11 +95,12 @@ def make_optimizer(
 
 
 def matrices(params: Any) -> Any:
-    """Marks kernels and tables, not biases, norm scales or position tables."""
+    """Marks kernels and tables, not biases, norm scales, positions or class token."""
 
     def is_matrix(path, x):
         name = jax.tree_util.keystr(path)
         stacked = 1 if "blocks" in name else 0
-        return x.ndim - stacked >= 2 and "pos_embed" not in name
+        vectors = "pos_embed" in name or "cls_token" in name  # Each added as a bias.
+        return x.ndim - stacked >= 2 and not vectors
 
     return jax.tree.map_with_path(is_matrix, params)

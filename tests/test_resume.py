@@ -1,0 +1,210 @@
+"""Runs that are killed, interrupted, changed or damaged, as real processes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy_run
+
+from rae_jax import config as configs
+from rae_jax.training import checkpoints, logs, loop
+
+ROOT = Path(__file__).parent.parent
+STEPS = 60
+SCALARS = ("step", "loss", "mse", "grad_norm", "lr")
+
+
+class Trainer:
+    """Starts `rae-jax train` on the smoke l-DAE; all share compiled programs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, workdir: Path, *overrides: str) -> subprocess.Popen:
+        values = {
+            "num_steps": STEPS,
+            "model.depth": 2,
+            "encoder_depth": 1,
+            "every.log": 2,
+            "every.checkpoint": 3,
+            "every.evaluate": 0,
+        }
+        command = [sys.executable, "-m", "rae_jax", "train", "--workdir", str(workdir)]
+        command += ["--config", "configs/ldae.py:smoke"]
+        command += [f"--config.{key}={value}" for key, value in values.items()]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        return subprocess.Popen(
+            [*command, *overrides],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, workdir: Path, *overrides: str) -> tuple[int, str]:
+        process = self.start(workdir, *overrides)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    return Trainer(tmp_path_factory.mktemp("trainer"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainer):
+    """Workdir of a run from the first to the last step."""
+    workdir = trainer.folder / "undisturbed"
+    status, output = trainer.finish(workdir)
+    assert status == 0, output
+    return workdir
+
+
+def wait_for(process: subprocess.Popen, condition) -> bool:
+    """Waits until a condition holds or the process has ended; says if it runs."""
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+    return process.poll() is None
+
+
+def last_step(workdir: Path) -> int:
+    records = logs.read_metrics(workdir)
+    return int(records[-1]["step"]) if records else 0
+
+
+def is_saving(workdir: Path) -> bool:
+    return any(checkpoints.folder(workdir).glob("*tmp*"))
+
+
+def assert_same_run(workdir: Path, undisturbed: Path) -> None:
+    """Every bit of the state, and every logged value but for the speed."""
+    for part in ("step", "params", "ema_params", "opt_state"):
+        state, expected = (
+            checkpoints.load_params(w, (part,)) for w in (workdir, undisturbed)
+        )
+        jax.tree.map(np.testing.assert_array_equal, state, expected)
+    records, expected = logs.read_metrics(workdir), logs.read_metrics(undisturbed)
+    assert [r["step"] for r in records] == list(range(2, STEPS + 1, 2))
+    for a, b in zip(records, expected, strict=True):
+        assert {k: a[k] for k in SCALARS} == {k: b[k] for k in SCALARS}
+
+
+def test_killed_run_ends_as_if_undisturbed(trainer, undisturbed, tmp_path):
+    """SIGKILL at a random step, within a checkpoint write, and at random again."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    workdir = tmp_path / "run"
+    for kill in range(3):
+        process = trainer.start(workdir)
+        target = min(last_step(workdir) + rng.randint(2, 15), STEPS - 6)
+        running = wait_for(process, lambda t=target: last_step(workdir) >= t)
+        if kill == 1:
+            running = wait_for(process, lambda: is_saving(workdir))
+        else:
+            time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert running and process.returncode == -signal.SIGKILL, output
+        print(f"killed at step {last_step(workdir)}, saving: {is_saving(workdir)}")
+    status, output = trainer.finish(workdir)
+    assert status == 0, output
+    assert_same_run(workdir, undisturbed)
+    assert not is_saving(workdir)
+
+
+def test_interrupted_run_saves_and_continues(trainer, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    process = trainer.start(workdir, "--config.every.checkpoint=0")
+    assert wait_for(process, lambda: last_step(workdir) >= 4)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    step = checkpoints.finished_step(workdir)
+    assert 4 <= step < STEPS
+    assert f"Stopped at step {step} of {STEPS}; the same command continues" in output
+    assert "Traceback" not in output
+    status, output = trainer.finish(workdir)
+    assert status == 0, output
+    assert_same_run(workdir, undisturbed)
+
+
+def test_changed_config_is_refused_with_a_diff(trainer, undisturbed):
+    before = (undisturbed / checkpoints.CONFIG_NAME).read_bytes()
+    status, output = trainer.finish(
+        undisturbed, "--config.optimizer.peak_lr=0.5", "--config.tokenizer.latent_dim=4"
+    )
+    assert status == 1
+    assert "holds a run with another config:\n  optimizer.peak_lr: 0.0008 -> 0.5\n" in (
+        output
+    )
+    assert "\n  tokenizer.latent_dim: 8 -> 4\n" in output
+    assert "Traceback" not in output
+    assert (undisturbed / checkpoints.CONFIG_NAME).read_bytes() == before
+
+
+# The same loop on a run that compiles in a moment.
+
+
+def test_run_may_become_longer(tmp_path):
+    short, long = toy_run.config(num_steps=3), toy_run.config(num_steps=6)
+    loop.run(toy_run.program(short), short, tmp_path / "a")
+    loop.run(toy_run.program(long), long, tmp_path / "a")
+    final = loop.run(toy_run.program(long), long, tmp_path / "a")  # Nothing to do.
+    straight = loop.run(toy_run.program(long), long, tmp_path / "b")
+    jax.tree.map(np.testing.assert_array_equal, final, straight)
+    assert configs.read_config(tmp_path / "a" / "config.json").num_steps == 6
+    assert [r["step"] for r in logs.read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garble(file: Path) -> None:
+    file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [cut, garble, Path.unlink])
+def test_damaged_checkpoint_is_named(tmp_path, damage):
+    """And deleted as the message says, the run continues from the one before it."""
+    config = toy_run.config(num_steps=3)
+    final = loop.run(toy_run.program(config), config, tmp_path)
+    newest = checkpoints.folder(tmp_path) / "3"
+    for file in sorted(newest.rglob("*")):
+        if file.is_file():
+            damage(file)
+    message = f"(?s)checkpoint '.*{newest.name}' cannot be read: .*delete this folder"
+    with pytest.raises(checkpoints.CheckpointError, match=message) as caught:
+        loop.run(toy_run.program(config), config, tmp_path)
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        checkpoints.load_params(tmp_path)
+    for file in sorted(newest.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    newest.rmdir()
+    again = loop.run(toy_run.program(config), config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, final)
+
+
+def test_missing_checkpoint_says_how_to_make_one(tmp_path):
+    with pytest.raises(checkpoints.CheckpointError, match="Train it first: rae-jax"):
+        checkpoints.load_params(tmp_path)
+    config = toy_run.config(num_steps=1)
+    loop.run(toy_run.program(config), config, tmp_path)
+    with pytest.raises(checkpoints.CheckpointError, match="no part 'mu'; it has"):
+        checkpoints.load_params(tmp_path, ("mu",))
