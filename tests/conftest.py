@@ -14,7 +14,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Folder of a trained chain of runs, see `chain`; tests do not change it."""
+    """Folder of a trained chain of runs, see `chain`; tests at most evaluate it."""
     import chain
 
     return chain.train(tmp_path_factory.mktemp("chain"))

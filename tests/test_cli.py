@@ -244,6 +244,7 @@ def test_evaluation_of_runs_with_scores(capsys, runs, name, scores):
         assert found["num_images"] == 12
 
 
+@pytest.mark.slow
 def test_evaluation_of_samples(runs):
     options = ("--num-samples", 8, "--num-reference", 24, "--batch-size", 8)
     found = evaluate(runs, "latent_diffusion", *options, "--guidance-scale", 2.0)

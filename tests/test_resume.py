@@ -14,7 +14,7 @@ import pytest
 import toy_run
 
 from rae_jax import config as configs
-from rae_jax.training import checkpoints, logs, loop
+from rae_jax.training import checkpoints, interrupts, logs, loop
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60
@@ -169,6 +169,32 @@ def test_run_may_become_longer(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, final, straight)
     assert configs.read_config(tmp_path / "a" / "config.json").num_steps == 6
     assert [r["step"] for r in logs.read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_within_an_evaluation_loses_nothing(tmp_path, number):
+    calls = []
+
+    def evaluate(state, frozen, workdir):
+        calls.append(int(state.step))
+        if calls == [1, 2]:
+            os.kill(os.getpid(), number)
+        return {}
+
+    config = toy_run.config(every=dict(log=3, checkpoint=0, evaluate=1))
+    program = toy_run.program(config, evaluate=evaluate)
+    with pytest.raises(interrupts.Interrupted, match="Stopped at step 2 of 6"):
+        loop.run(program, config, tmp_path / "a")
+    assert checkpoints.finished_step(tmp_path / "a") == 2
+    final = loop.run(program, config, tmp_path / "a")
+    assert calls == [1, 2, 3, 4, 5, 6]
+    straight = loop.run(program, config, tmp_path / "b")
+    jax.tree.map(np.testing.assert_array_equal, final, straight)
+    means = [
+        [r["loss"] for r in logs.read_metrics(tmp_path / run) if "loss" in r]
+        for run in "ab"
+    ]
+    assert means[0] == means[1] and len(means[0]) == 2
 
 
 def cut(file: Path) -> None:

@@ -22,7 +22,7 @@ from rae_jax.trainers import (
     rae_decoder,
     registry,
 )
-from rae_jax.training import checkpoints, logs, sharding, state
+from rae_jax.training import checkpoints, flops, logs, sharding, state
 
 
 def losses_on_one_batch(config, folder, steps):
@@ -248,6 +248,18 @@ def test_trained_encoder_is_the_half_of_its_run(runs):
     assert max(np.abs(a - b).max() for a, b in leaves) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["rae_decoder", "latent_stats", "latent_diffusion"])
+def test_trained_networks_reach_all_devices(runs, name):
+    """A checkpoint comes from one device and is read within a mesh of eight."""
+    config = configs.read_config(runs / name / checkpoints.CONFIG_NAME)
+    mesh = sharding.make_mesh(8)
+    with jax.set_mesh(mesh):
+        program = registry.trainer(config).build(config, runs / name, mesh)
+        assert flops.peak_flops(jax.devices()[0]) > 1e8
+    for array in jax.tree.leaves(program.frozen):
+        assert len(array.sharding.device_set) == 8
+
+
 def test_encoders_that_cannot_be_loaded(runs, tmp_path):
     """Every message says what is wrong and names it."""
 
@@ -322,6 +334,7 @@ def test_runs_of_the_chain_left_what_they_promise(runs):
         (record,) = logs.read_metrics(runs / name)[-1:]
         assert record["step"] == chain.STEPS
     decoder = checkpoints.load_params(runs / "rae_decoder")
+    assert all(isinstance(p, np.ndarray) for p in jax.tree.leaves(decoder))
     shapes = nnx.eval_shape(
         lambda: rae_decoder.make_model(chain.load("rae_decoder"))(rngs=nnx.Rngs(0))
     )
