@@ -19,7 +19,7 @@ VARIANTS = {
     "l": dict(model=decoder.PRESETS["l"]),
     "xl": {},
     "photos": dict(
-        num_steps=450,
+        num_steps=420,
         data=blocks.photos(batch_size=32),
         encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
         model=dict(

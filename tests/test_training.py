@@ -175,6 +175,27 @@ def test_lars_scales_matrices_by_their_norm():
 # Gradients
 
 
+def test_muon_orthogonalises_the_kernels_of_blocks_and_leaves_the_rest_to_nadam():
+    rng = np.random.default_rng(0)
+    params = {
+        "blocks": {"kernel": rng.normal(size=(3, 8, 12)), "bias": np.zeros((3, 12))},
+        "embed": {"kernel": rng.normal(size=(8, 12))},
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+    config = ConfigDict(blocks.optimizer(name="muon", peak_lr=0.1))
+    muon, _ = optimizers.make_optimizer(config, 10)
+    adam = optax.nadam(0.1, b1=config.b1, b2=config.b2)
+    muon, adam = (tx.update(grads, tx.init(params), params)[0] for tx in (muon, adam))
+    for kernel in muon["blocks"]["kernel"] / -0.1:
+        # Five steps of the quintic iteration bring singular values to 0.7 ... 1.2;
+        # optax scales them by sqrt(max(1, columns / rows)).
+        singular = np.linalg.svd(kernel, compute_uv=False) / np.sqrt(12 / 8)
+        assert singular.min() > 0.5 and singular.max() < 1.3
+    for part, name in (("blocks", "bias"), ("embed", "kernel")):
+        np.testing.assert_allclose(muon[part][name], adam[part][name], rtol=1e-5)
+
+
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 def test_gradients_in_parts_equal_those_of_the_whole_batch(accumulate):
     """A loss without randomness; 1e-5 of the largest entry."""

@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shorten every stage to this many steps, to try the machinery",
     )
     parser.add_argument(
-        "--num-samples", type=int, default=160, help="images per measured set"
+        "--num-samples",
+        type=int,
+        default=120,
+        help="images per measured set; default 120",
     )
 
 

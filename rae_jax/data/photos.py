@@ -134,7 +134,7 @@ def _draw_windows(
     box = held_out_box(photo, width, height)
     bands = [box] if split == "validation" else _bands_around(box, width, height)
     # Corners are smaller than what is around them: larger shares keep scales alike.
-    smallest = 0.6 if split == "validation" else 0.45
+    smallest = 0.6 if split == "validation" else 0.75
     rng = np.random.default_rng([*seed, SPLITS.index(split)])
     return [_draw_window(bands, smallest, rng) for _ in range(count)]
 

@@ -24,7 +24,7 @@ from rae_jax.trainers import autoencoder, frozen, inputs
 from rae_jax.training import optimizers, programs, sharding, state
 
 NETWORKS = {"dit_dh": dit_dh.DiTDH, "dit": dit.DiT}
-PICTURES_PER_CLASS = 8
+PICTURES_PER_CLASS = 4
 MAX_PICTURE_CLASSES = 10
 
 

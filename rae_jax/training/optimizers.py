@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
 
 SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adamw", "lars")
+OPTIMIZERS = ("adamw", "lars", "muon")
 
 
 def make_schedule(
@@ -57,7 +58,9 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optax chain of `config.optimizer` and its schedule.
 
-    Weight decay acts on matrices only. `decay_end_step` 0 means the end of the run.
+    Weight decay acts on matrices only. "muon" orthogonalises the updates of the
+    blocks' kernels and leaves the rest to Nadam. `decay_end_step` 0 means the end of
+    the run.
 
     Raises:
         ValueError: For an unknown optimiser or schedule.
@@ -87,6 +90,15 @@ def make_optimizer(
             trust_ratio_mask=matrices,
             momentum=config.b1,
         )
+    elif config.name == "muon":
+        tx = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=matrices,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=block_kernels,
+        )
     else:
         raise ValueError(configs.suggest(config.name, OPTIMIZERS, "optimizer"))
     if config.clip_norm > 0:
@@ -104,3 +116,14 @@ def matrices(params: Any) -> Any:
         return x.ndim - stacked >= 2 and not vectors
 
     return jax.tree.map_with_path(is_matrix, params)
+
+
+def block_kernels(params: Any) -> Any:
+    """Marks the kernels (depth, in, out) of scanned blocks as matrices for Muon."""
+
+    def dimensions(path, x):
+        if "blocks" not in jax.tree_util.keystr(path) or x.ndim != 3:
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+    return jax.tree.map_with_path(dimensions, params)
