@@ -21,7 +21,7 @@ VARIANTS = {
     "l_256": dict(model=dit_dh.PRESETS["l"]),
     "xl_256": {},
     "photos": dict(
-        num_steps=600,
+        num_steps=660,
         data=blocks.photos(batch_size=16),
         encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
         latent_stats="../latent_stats",
@@ -39,7 +39,7 @@ VARIANTS = {
         flow=dict(shift_base=328),
         optimizer=dict(
             name="muon",
-            peak_lr=7e-3,
+            peak_lr=8e-3,
             final_lr=1e-4,
             schedule="cosine",
             warmup_steps=30,
@@ -47,7 +47,7 @@ VARIANTS = {
             decay_end_step=0,
         ),
         ema_decay=0.98,
-        sampling=dict(guidance_scale=1.5),
+        sampling=dict(guidance_scale=2.0),
         every=dict(log=10, checkpoint=50, evaluate=400),
     ),
     "folder": dict(

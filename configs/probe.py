@@ -19,13 +19,13 @@ VARIANTS = {
         encoder=dict(sizes=dict(hidden_size=1024, depth=24, num_heads=16)),
     ),
     "photos": dict(
-        num_steps=100,
+        num_steps=80,
         num_classes=10,
         features=("encoder", "random", "pca", "pixels"),
         data=blocks.photos(batch_size=64),
         encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
         optimizer=dict(name="adamw", peak_lr=3e-3, warmup_steps=0),
-        every=dict(log=20, checkpoint=50, evaluate=100),
+        every=dict(log=20, checkpoint=40, evaluate=80),
     ),
     "smoke": dict(
         num_steps=3,

@@ -19,7 +19,7 @@ VARIANTS = {
     "l": dict(model=decoder.PRESETS["l"]),
     "xl": {},
     "photos": dict(
-        num_steps=420,
+        num_steps=350,
         data=blocks.photos(batch_size=32),
         encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
         model=dict(
@@ -32,10 +32,10 @@ VARIANTS = {
         ),
         # AlexNet is fast, but its stride of 4 leaves a pattern at the full weight.
         loss=dict(perceptual="alex", perceptual_weight=0.3),
-        noise=dict(tau=0.2),
+        noise=dict(tau=0.3),
         optimizer=dict(peak_lr=1e-3, warmup_steps=30, clip_norm=1.0),
         ema_decay=0.98,
-        every=dict(log=10, checkpoint=50, evaluate=100),
+        every=dict(log=10, checkpoint=60, evaluate=120),
     ),
     "folder": dict(
         inherits="photos",

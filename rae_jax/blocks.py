@@ -43,7 +43,7 @@ def photos(batch_size: int) -> dict[str, Any]:
         flip=False,
         batch_size=batch_size,
         num_workers=0,
-        validation_size=320,
+        validation_size=160,
     )
 
 
@@ -89,13 +89,26 @@ def encoder(weights: str, **sizes: Any) -> dict[str, Any]:
         depth=12,
         num_heads=12,
         time_index=10,
+        dtype="bfloat16",
     )
     return dict(name="ldae", weights=weights, ema=True, sizes=base | sizes)
 
 
 PHOTOS_SIZES = dict(
-    image_size=64, patch_size=8, latent_dim=48, hidden_size=128, depth=3, num_heads=4
+    image_size=64,
+    patch_size=8,
+    latent_dim=48,
+    hidden_size=128,
+    depth=3,
+    num_heads=4,
+    dtype="float32",
 )
 SMOKE_SIZES = dict(
-    image_size=32, patch_size=8, latent_dim=8, hidden_size=32, depth=2, num_heads=2
+    image_size=32,
+    patch_size=8,
+    latent_dim=8,
+    hidden_size=32,
+    depth=2,
+    num_heads=2,
+    dtype="float32",
 )

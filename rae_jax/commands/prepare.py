@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from rae_jax.data import preparing, sources
 
-HELP = "turn a folder of images into ArrayRecord shards, or into one .npz"
+HELP = "Turn a folder of images into ArrayRecord shards, or into one .npz."
 
 _SHOWN = 20  # skipped files named on the screen
 

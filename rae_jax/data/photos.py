@@ -60,7 +60,7 @@ class Photos:
     class_names = tuple(photo.name for photo in PHOTOS)
     num_classes = len(PHOTOS)
 
-    def __init__(self, split: str = "train", crops_per_photo: int = 512, seed: int = 0):
+    def __init__(self, split: str = "train", crops_per_photo: int = 128, seed: int = 0):
         if split not in SPLITS:
             raise ValueError(f"Unknown split {split!r}; choose from {list(SPLITS)}.")
         if crops_per_photo < 1:
@@ -134,7 +134,7 @@ def _draw_windows(
     box = held_out_box(photo, width, height)
     bands = [box] if split == "validation" else _bands_around(box, width, height)
     # Corners are smaller than what is around them: larger shares keep scales alike.
-    smallest = 0.6 if split == "validation" else 0.75
+    smallest = 0.6 if split == "validation" else 0.85
     rng = np.random.default_rng([*seed, SPLITS.index(split)])
     return [_draw_window(bands, smallest, rng) for _ in range(count)]
 

@@ -69,6 +69,8 @@ def denoising_loss(
     tables = schedules.noise_schedule(schedule, num_levels)
     gamma, sigma = (jnp.asarray(table)[t] for table in tables)
     z_t = paths.diffuse(z, eps, gamma, sigma)
+    if schedule == "single_sigma":
+        t = jnp.zeros_like(t)  # All levels are one.
     out = denoiser(pca.decode(z_t) if input_space == "image" else z_t, t)
     if target == "image":
         inside = jnp.arange(x.shape[-1]) < pca.latent_dim

@@ -21,7 +21,7 @@ from rae_jax.layers import patches
 from rae_jax.losses import denoising
 from rae_jax.models import ldae, tokenizers
 from rae_jax.trainers import frozen, inputs
-from rae_jax.training import optimizers, programs, sharding, state
+from rae_jax.training import checkpoints, optimizers, programs, sharding, state
 
 PICTURE_LEVEL = 0.4  # Share of the noise levels: detail is gone, layout is not.
 PICTURE_COLUMNS = 10
@@ -78,7 +78,8 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     """Fits or reads the tokenizer and assembles the run."""
     run = design(config)  # A wrong config fails before the tokenizer is stored.
     path = workdir / frozen.TOKENIZER_NAME
-    if not path.is_file():
+    # Without a checkpoint the file may be that of another config, tried before.
+    if checkpoints.finished_step(workdir) is None or not path.is_file():
         components = fit_pca(config)
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizers.save_components(path, components)

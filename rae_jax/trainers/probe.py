@@ -45,6 +45,11 @@ def design(config: ConfigDict) -> programs.Design:
     for name in config.features:
         if name not in FEATURES:
             raise ValueError(configs.suggest(name, FEATURES, "feature"))
+    sizes = (config.data.image_size, config.encoder.sizes.image_size)
+    if sizes[0] != sizes[1]:
+        raise configs.ConfigError(
+            f"data.image_size = {sizes[0]}, but the encoder takes images of {sizes[1]}."
+        )
     tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
     encoder_def, shapes = frozen.encoder(config.encoder)
     networks = {"encoder": shapes, "random": shapes}

@@ -134,7 +134,8 @@ def save_pictures(
     for name, file in (("samples", "samples"), ("guided", "samples_guided")):
         parts = [images[name][row] for row in rows if len(row)]
         pictures.save_rows(folder / f"{file}.png", parts)
-    points = generator.config.sampling.num_points
+    sampling = generator.config.sampling
+    points = sampling.num_points + sampling.final_zero
     keep = tuple(np.linspace(0, points - 1, STRIP_POINTS).astype(int).tolist())
     chosen = np.arange(STRIP_ROWS) * generator.num_classes // STRIP_ROWS
     states = generator.states(chosen, keep, scale=scale, seed=seed)

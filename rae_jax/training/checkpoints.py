@@ -164,6 +164,9 @@ def _abstract_part(tree: Any, path: tuple[str, ...], workdir: Path) -> Any:
 def check_config(workdir: Path, config: ConfigDict, may_change: set[str]) -> None:
     """Checks that a resumed run has the config that it was started with.
 
+    A run that ended before its first checkpoint has nothing to resume: any config
+    may take its place.
+
     Args:
         workdir: Folder of the run.
         config: The run's config.
@@ -173,7 +176,7 @@ def check_config(workdir: Path, config: ConfigDict, may_change: set[str]) -> Non
         ConfigError: Lists what changed otherwise.
     """
     path = Path(workdir) / CONFIG_NAME
-    if path.is_file():
+    if path.is_file() and finished_step(workdir) is not None:
         changes = configs.differences(configs.read_config(path), config)
         refused = [c for c in changes if not c.startswith(tuple(may_change))]
         if refused:
