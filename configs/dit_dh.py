@@ -21,7 +21,7 @@ VARIANTS = {
     "l_256": dict(model=dit_dh.PRESETS["l"]),
     "xl_256": {},
     "photos": dict(
-        num_steps=660,
+        num_steps=620,
         data=blocks.photos(batch_size=16),
         encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
         latent_stats="../latent_stats",
@@ -48,7 +48,7 @@ VARIANTS = {
         ),
         ema_decay=0.98,
         sampling=dict(guidance_scale=2.0),
-        every=dict(log=10, checkpoint=50, evaluate=400),
+        every=dict(log=10, checkpoint=50, evaluate=620),
     ),
     "folder": dict(
         inherits="photos",

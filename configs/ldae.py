@@ -14,14 +14,14 @@ from rae_jax import blocks, config
 STEPS_PER_EPOCH = 625  # ImageNet at batch 2048.
 
 PHOTOS = dict(
-    num_steps=360,
+    num_steps=320,
     data=blocks.photos(batch_size=32),
     tokenizer=dict(patch_size=8, latent_dim=48, num_images=1024),
     encoder_depth=3,
     model=dict(hidden_size=128, depth=4, num_heads=4, remat="none", dtype="float32"),
     optimizer=dict(peak_lr=1e-3, warmup_steps=30, clip_norm=1.0),
     ema_decay=0.98,
-    every=dict(log=10, checkpoint=60, evaluate=180),
+    every=dict(log=10, checkpoint=60, evaluate=160),
 )
 
 VARIANTS = {

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-samples",
         type=int,
-        default=100,
-        help="images per measured set; default 100",
+        default=80,
+        help="images per measured set; default 80",
     )
 
 

@@ -1,7 +1,7 @@
 """A trained DiT-DH with its statistics and decoder, ready to make images."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -25,12 +25,16 @@ class Generator:
         params: {"dit", "stats", "decoder"}.
         decoder: The autoencoder whose decoder is used.
         mesh: Devices that share the batch.
+        compiled: Samplers by guidance scale, shared with `untrained`.
     """
 
     config: ConfigDict
     params: dict[str, state.Params]
     decoder: autoencoder.Autoencoder
     mesh: jax.sharding.Mesh
+    compiled: dict[float, Callable[..., jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def num_classes(self) -> int:
@@ -57,11 +61,16 @@ class Generator:
             seed: With the index of a sample, determines its noise.
             batch_size: Samples at a time; it does not change the images.
         """
-        make = latent_diffusion.make_generate(self.config, self.decoder, scale)
+        if scale not in self.compiled:
+            self.compiled[scale] = latent_diffusion.make_generate(
+                self.config, self.decoder, scale
+            )
 
         def sample(index, y):
             p = self.params
-            images = make(p["dit"], p["stats"], p["decoder"], seed, index, y)
+            images = self.compiled[scale](
+                p["dit"], p["stats"], p["decoder"], seed, index, y
+            )
             return scores.to_uint8(images)
 
         rows = sharding.batch_sharding(self.mesh)
