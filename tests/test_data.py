@@ -185,7 +185,8 @@ def test_missing_photographs_say_what_to_install():
 
 
 def shared_memory_blocks():
-    return [x for x in gc.get_objects() if isinstance(x, SharedMemory)]
+    # By type: isinstance would ask lazy modules for attributes, which may warn.
+    return [x for x in gc.get_objects() if type(x) is SharedMemory]
 
 
 SOURCE = sources.Synthetic(num_images=20, image_size=12)
