@@ -32,13 +32,11 @@ class Checkpoints:
     Args:
         workdir: Folder of the run.
         keep: Number of newest checkpoints to keep.
-        keep_period: Steps whose multiples are kept forever; 0 for none.
     """
 
-    def __init__(self, workdir: Path, *, keep: int, keep_period: int = 0):
+    def __init__(self, workdir: Path, *, keep: int):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            keep_period=keep_period or None,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
