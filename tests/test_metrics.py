@@ -14,9 +14,8 @@ import pytest
 import skimage
 from flax import nnx
 
-from rae_jax.convert import metrics_nets
 from rae_jax.layers import resize
-from rae_jax.models import efficientnet, perceptual
+from rae_jax.models import efficientnet, metrics_nets, perceptual
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 VGG_CONVS = {  # Index in torchvision's VGG-16 -> our layer.

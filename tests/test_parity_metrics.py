@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rae_jax.convert import metrics_nets, pickles
+from rae_jax.convert import pickles
 from rae_jax.evaluation import reconstruction
-from rae_jax.models import efficientnet, perceptual
+from rae_jax.models import efficientnet, metrics_nets, perceptual
 
 pytestmark = pytest.mark.parity
 torch = functional = None  # Bound by the fixture: only parity runs have torch.

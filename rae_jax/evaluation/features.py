@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rae_jax.convert import metrics_nets
 from rae_jax.evaluation import frechet
-from rae_jax.models import efficientnet
+from rae_jax.models import efficientnet, metrics_nets
 
 INPUT_SIZE = 128
 

@@ -13,8 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.convert import metrics_nets
-from rae_jax.models import encoders, ldae, perceptual, tokenizers
+from rae_jax.models import encoders, ldae, metrics_nets, perceptual, tokenizers
 from rae_jax.training import checkpoints, state
 
 RANDOM = "random"
