@@ -5,13 +5,15 @@ r"""Stage 2 of RAE (arXiv:2510.11690): DiT-DH on normalised latents.
         --config.decoder=runs/decoder
 
 Variants: s_256, b_256, l_256 and xl_256 with the paper's recipe, behind an l-DAE
-ViT-B; photos; folder; smoke.
+ViT-B; XL behind published encoders, as in configs/rae_decoder.py: dinov2_s, dinov2_b,
+dinov2_l, siglip2_b, mae_b, dinov3_l_k7, dinov3_l_k23, and dinov2_b_512, the paper's
+400 epochs at 512 pixels; photos; folder; smoke.
 """
 
 from ml_collections import ConfigDict
 
 from rae_jax import blocks, config
-from rae_jax.models import dit_dh
+from rae_jax.models import dit_dh, encoders
 
 STEPS_PER_EPOCH = 1251  # ImageNet at batch 1024.
 
@@ -20,6 +22,14 @@ VARIANTS = {
     "b_256": dict(model=dit_dh.PRESETS["b"]),
     "l_256": dict(model=dit_dh.PRESETS["l"]),
     "xl_256": {},
+    "dinov2_s": {},
+    "dinov2_b": {},
+    "dinov2_l": {},
+    "siglip2_b": {},
+    "mae_b": {},
+    "dinov3_l_k7": {},
+    "dinov3_l_k23": {},
+    "dinov2_b_512": dict(num_steps=400 * STEPS_PER_EPOCH, data=dict(image_size=512)),
     "photos": dict(
         num_steps=620,
         data=blocks.photos(batch_size=16),
@@ -85,6 +95,8 @@ def get_config(variant: str = "xl_256") -> ConfigDict:
     c = blocks.run("latent_diffusion", num_steps=800 * STEPS_PER_EPOCH)
     c.data = blocks.data()
     c.encoder = blocks.encoder("runs/ldae")
+    if variant in encoders.PRESETS:
+        c.encoder = blocks.pretrained_encoder(encoders.PRESETS[variant])
     c.latent_stats = "runs/stats"  # Workdir or .npz; "none": mean 0, variance 1.
     c.decoder = "runs/decoder"  # For pictures; "none" for none.
     c.network = "dit_dh"

@@ -3,19 +3,29 @@ r"""Mean and variance of an encoder's latents, one pass over the training images
     rae-jax train --config configs/latent_stats.py:VARIANT --workdir runs/stats \
         --config.encoder.weights=runs/ldae
 
-Variants: vit_b; momentum, the official script's running average; photos; folder;
-smoke.
+Variants: vit_b, of l-DAE; momentum, the official script's running average; of
+published encoders, as in configs/rae_decoder.py: dinov2_s, dinov2_b, dinov2_l,
+siglip2_b, mae_b, dinov3_l_k7, dinov3_l_k23 and dinov2_b_512; photos; folder; smoke.
 """
 
 from ml_collections import ConfigDict
 
 from rae_jax import blocks, config
+from rae_jax.models import encoders
 
 VARIANTS = {
     "vit_b": {},
     "momentum": dict(
         mode="momentum", both_orientations=False, data=dict(flip=True, batch_size=256)
     ),
+    "dinov2_s": {},
+    "dinov2_b": {},
+    "dinov2_l": {},
+    "siglip2_b": {},
+    "mae_b": {},
+    "dinov3_l_k7": {},
+    "dinov3_l_k23": {},
+    "dinov2_b_512": dict(data=dict(image_size=512)),
     "photos": dict(
         both_orientations=False,
         data=blocks.photos(batch_size=64),
@@ -44,4 +54,6 @@ def get_config(variant: str = "vit_b") -> ConfigDict:
     c.both_orientations = True  # Counts every image and its mirror image.
     c.data = blocks.data(flip=False, batch_size=512)
     c.encoder = blocks.encoder("runs/ldae")
+    if variant in encoders.PRESETS:
+        c.encoder = blocks.pretrained_encoder(encoders.PRESETS[variant])
     return config.apply_variant(c, VARIANTS, variant)

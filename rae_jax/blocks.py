@@ -1,5 +1,6 @@
 """Blocks that most experiment files begin with."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,6 +16,11 @@ def run(trainer: str, *, num_steps: int, seed: int = 42) -> ConfigDict:
     config.fsdp = False  # Shard large arrays of the state over the mesh.
     config.mesh = dict(data=-1)  # Devices; -1 for all.
     config.every = dict(log=100, checkpoint=5_000, evaluate=25_000)
+    config.guard = dict(
+        spike_factor=0.0,  # Counts gradients and losses beyond this many means; 0: off.
+        skip=False,  # Leave out steps of such gradients, and of those not finite.
+        max_skips=10,  # In a row; more stop the run.
+    )
     return config
 
 
@@ -92,6 +98,17 @@ def encoder(weights: str, **sizes: Any) -> dict[str, Any]:
         dtype="bfloat16",
     )
     return dict(name="ldae", weights=weights, ema=True, sizes=base | sizes)
+
+
+def pretrained_encoder(preset: Mapping[str, Any], **sizes: Any) -> dict[str, Any]:
+    """Returns a published encoder from `models.encoders.PRESETS`, with other sizes.
+
+    `normalize` drops the affine part of its last norm, as RAE does; `layers` combines
+    several blocks' outputs, as RAEv2 does. Products are in float32, because the
+    official code encodes so whatever the precision of the training.
+    """
+    base = dict(normalize=True, layers=(), layer_mode="mean_global", dtype="float32")
+    return dict(preset) | dict(sizes=base | preset["sizes"] | sizes)
 
 
 PHOTOS_SIZES = dict(

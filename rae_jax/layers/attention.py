@@ -22,15 +22,20 @@ class Attention(nnx.Module):
         num_heads: int,
         *,
         qk_norm: bool = False,
+        rotary_pairs: str = "adjacent",
         dtype: DTypeLike = "float32",
         init: str = "torch",
         rngs: nnx.Rngs,
     ):
+        if rotary_pairs not in positions.PAIRS:
+            raise ValueError(
+                f"Unknown rotary_pairs {rotary_pairs!r}; choose from {positions.PAIRS}."
+            )
         if hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}."
             )
-        self.num_heads = num_heads
+        self.num_heads, self.rotary_pairs = num_heads, rotary_pairs
         self.head_dim = hidden_size // num_heads
         self.qkv = linear.linear(
             hidden_size, 3 * hidden_size, dtype=dtype, init=init, rngs=rngs
@@ -55,7 +60,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             cos, sin = (jnp.asarray(table, jnp.float32) for table in rotary)
-            q = positions.apply_rotary(q, cos, sin)
-            k = positions.apply_rotary(k, cos, sin)
+            q = positions.apply_rotary(q, cos, sin, self.rotary_pairs)
+            k = positions.apply_rotary(k, cos, sin, self.rotary_pairs)
         out = jax.nn.dot_product_attention(q.astype(v.dtype), k.astype(v.dtype), v)
         return self.proj(out.reshape(b, n, d))

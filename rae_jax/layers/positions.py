@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+PAIRS = ("adjacent", "halves")
+
 
 @lru_cache(maxsize=16)
 def sincos_2d(dim: int, grid: int) -> np.ndarray:
@@ -46,6 +48,51 @@ def rotary_2d(head_dim: int, grid: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(_by_token(f(angles), f(angles)) for f in (np.cos, np.sin))
 
 
+@lru_cache(maxsize=16)
+def rotary_centers(
+    head_dim: int,
+    rows: int,
+    columns: int,
+    *,
+    theta: float = 100.0,
+    num_prefix: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns cos and sin of DINOv3's rotary angles (arXiv:2508.10104).
+
+    Patch centres have coordinates from -1 to 1 over the height and over the width
+    of the image, whatever its size. The first half of the angles turns with the row,
+    the second with the column, at 2 pi theta^(-4k / head_dim); both halves of a head
+    turn by the same angles, see `apply_rotary` with pairs "halves".
+
+    Args:
+        head_dim: Features per head.
+        rows: Patches per column of the image.
+        columns: Patches per row of the image.
+        theta: Base of the frequencies.
+        num_prefix: Tokens before the patches, which are not rotated.
+
+    Returns:
+        Two tables (num_prefix + rows * columns, head_dim) float32, read-only.
+
+    Raises:
+        ValueError: If `head_dim` is not a multiple of four.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}.")
+    frequencies = 2 * np.pi * theta ** (-4 * np.arange(head_dim // 4) / head_dim)
+    angles = [
+        (2 * (np.arange(size) + 0.5) / size - 1)[:, None] * frequencies[None, :]
+        for size in (rows, columns)
+    ]
+    tables = []
+    for function, at_rest in ((np.cos, 1.0), (np.sin, 0.0)):
+        table = np.tile(_by_token(*map(function, angles)), 2)
+        prefix = np.full((num_prefix, head_dim), at_rest, np.float32)
+        tables.append(np.concatenate([prefix, table]))
+        tables[-1].flags.writeable = False
+    return tuple(tables)
+
+
 def _by_token(
     rows: np.ndarray, columns: np.ndarray, columns_first: bool = False
 ) -> np.ndarray:
@@ -61,13 +108,21 @@ def _by_token(
     return table
 
 
-def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates adjacent feature pairs of queries or keys x (b, n, k, head_dim).
+def apply_rotary(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str = "adjacent"
+) -> jax.Array:
+    """Rotates feature pairs of queries or keys x (b, n, k, head_dim).
 
-    The rotation is in float32; the result has the type of `x`. `cos` and `sin`
-    are tables (n, head_dim) as made by `rotary_2d`.
+    The rotation is in float32; the result has the type of `x`. `cos` and `sin` are
+    tables (n, head_dim): of `rotary_2d` for pairs of "adjacent" features, of
+    `rotary_centers` for pairs of features that are half a head apart, "halves".
     """
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    swapped = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    wide = x.astype(jnp.float32)
+    if pairs == "halves":
+        first, second = jnp.split(wide, 2, axis=-1)
+        swapped = jnp.concatenate([-second, first], axis=-1)
+    else:
+        wide = wide.reshape(*x.shape[:-1], -1, 2)
+        swapped = jnp.stack([-wide[..., 1], wide[..., 0]], axis=-1).reshape(x.shape)
     cos, sin = cos[None, :, None, :], sin[None, :, None, :]
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)

@@ -1,10 +1,11 @@
 """Equal blocks stored stacked, scanned, and rematerialised by policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -65,22 +66,51 @@ class Stack(nnx.Module):
         """Returns the last output and all outputs (depth, *x.shape) of the blocks."""
         return self._scan(lambda x: x, x, args, start, stop)
 
-    def _scan(self, collect, x, args, start, stop):
-        block = self.block
-        if (start, stop) != (0, None):
-            block = jax.tree.map(lambda p: p[start:stop], block)
+    def weighted_sum(
+        self,
+        x: jax.Array,
+        *args: Any,
+        weights: Sequence[float],
+        read: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs the first len(weights) blocks and adds up what `read` makes of them.
 
+        Returns the last output and the sum of weights[i] * read(output i). Unlike
+        `features` it holds one array, however many blocks are read.
+        """
+        block = self._blocks(0, len(weights))
+
+        def body(carry, step):
+            x, total = carry
+            block, weight = step
+            x = pin_batch(block(x, *args))
+            return (x, total + weight * read(x)), None
+
+        shape = jax.eval_shape(read, x)
+        carry = (pin_batch(x), jnp.zeros(shape.shape, shape.dtype))
+        steps = (block, jnp.asarray(weights, jnp.float32))
+        return jax.lax.scan(self._remat(body), carry, steps)[0]
+
+    def _scan(self, collect, x, args, start, stop):
         def body(x, block):
             x = pin_batch(block(x, *args))
             return x, collect(x)
 
-        if self.remat != "none":
-            # Inside a scan nothing can be merged with the forward pass, so the
-            # barriers that prevent it would only cost time.
-            body = partial(
-                jax.checkpoint, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
-            )(body)
-        return jax.lax.scan(body, pin_batch(x), block)
+        return jax.lax.scan(self._remat(body), pin_batch(x), self._blocks(start, stop))
+
+    def _blocks(self, start: int, stop: int | None) -> nnx.Module:
+        if (start, stop) in ((0, None), (0, self.depth)):
+            return self.block
+        return jax.tree.map(lambda p: p[start:stop], self.block)
+
+    def _remat(self, body: Callable) -> Callable:
+        if self.remat == "none":
+            return body
+        # Inside a scan nothing can be merged with the forward pass, so the barriers
+        # that prevent it would only cost time.
+        return partial(
+            jax.checkpoint, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
+        )(body)
 
 
 def pin_batch(x: jax.Array) -> jax.Array:
