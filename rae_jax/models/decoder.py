@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from rae_jax.convert import rae_names, sources, tables
 from rae_jax.layers import linear, norm, patches, positions, resize, stack
-from rae_jax.models import vit
+from rae_jax.models import pretrained, vit
 
 PRESETS = {
     "b": dict(hidden_size=768, depth=12, num_heads=12, intermediate_size=3072),
@@ -19,10 +21,12 @@ PRESETS = {
 }
 
 
-class RAEDecoder(nnx.Module):
+class RAEDecoder(pretrained.Pretrained, nnx.Module):
     """The decoder half of a ViT-MAE with a trainable class token.
 
-    Initialised as in the official code.
+    Initialised as in the official code. `from_pretrained` also reads official
+    decoders and the decoder of an official stage-1 checkpoint; `num_heads` has to be
+    given unless width and depth are those of a preset.
 
     Args:
         in_channels: Width of the encoder's tokens.
@@ -42,6 +46,8 @@ class RAEDecoder(nnx.Module):
     Raises:
         ValueError: If `num_patches` is not a square number.
     """
+
+    layouts = (pretrained.OWN_LAYOUT, "official")
 
     def __init__(
         self,
@@ -89,14 +95,40 @@ class RAEDecoder(nnx.Module):
         Raises:
             ValueError: If the number of tokens is not a square number.
         """
+        return self.pixels(self.features(tokens))
+
+    def features(self, tokens: jax.Array) -> jax.Array:
+        """Maps tokens (b, n, c) to what the last layer reads, (b, n, d) float32."""
         x = self._resize(self.embed(tokens).astype(jnp.float32))
         cls_token = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[-1]))
         pos_embed = self.pos_embed[...]
         if not self.trainable_pos_embed:
             pos_embed = jax.lax.stop_gradient(pos_embed)
         x = jnp.concatenate([cls_token, x], axis=1) + pos_embed
-        x = self.pred(self.norm(self.blocks(x)[:, 1:]))
+        return self.norm(self.blocks(x)[:, 1:])
+
+    def pixels(self, features: jax.Array) -> jax.Array:
+        """Maps features (b, n, d) to pixels (b, H, W, 3) float32 by the last layer."""
+        x = self.pred(features)
         return patches.unpatchify(x.astype(jnp.float32), self.patch_size)
+
+    @classmethod
+    def open_foreign(
+        cls, path: Path, part: str | None, overrides: pretrained.Arguments
+    ) -> pretrained.Weights:
+        source = sources.open_tensors(path, part)
+        if any(name.startswith("decoder.") for name in source.shapes):
+            source = sources.under(source, "decoder.")
+        arguments = rae_names.decoder_sizes(source.shapes, **overrides)
+        return pretrained.Weights(
+            arguments, rae_names.decoder_table(**arguments), source
+        )
+
+    @classmethod
+    def export(
+        cls, layout: str, arguments: pretrained.Arguments, ours: tables.Source
+    ) -> pretrained.Export:
+        return pretrained.Export(rae_names.decoder_table(**arguments), "model.pt")
 
     def _resize(self, x: jax.Array) -> jax.Array:
         b, n, d = x.shape

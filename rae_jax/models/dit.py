@@ -5,6 +5,7 @@ and rotary positions (arXiv:2501.01423).
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from rae_jax.convert import dit_names, sources, tables
 from rae_jax.layers import (
     attention,
     conditioning,
@@ -22,6 +24,7 @@ from rae_jax.layers import (
     positions,
     stack,
 )
+from rae_jax.models import pretrained
 
 # From XXL on, the sizes of RAE's scaling study.
 PRESETS = {
@@ -143,10 +146,11 @@ class FinalLayer(nnx.Module):
         return self.linear(x).astype(jnp.float32)
 
 
-class DiT(nnx.Module):
+class DiT(pretrained.Pretrained, nnx.Module):
     """Predicts the velocity of latents from their noised form, time and class.
 
     Initialised as in the official code; the output of a new network is zero.
+    `from_pretrained` also reads official LightningDiT weights.
 
     Args:
         input_size: Height and width of the latents.
@@ -171,6 +175,8 @@ class DiT(nnx.Module):
     Raises:
         ValueError: If `input_size` is not a multiple of `patch_size`.
     """
+
+    layouts = (pretrained.OWN_LAYOUT, "official")
 
     def __init__(
         self,
@@ -226,6 +232,20 @@ class DiT(nnx.Module):
         rotary = make_rotary(self.use_rope, self.blocks, self.grid)
         x = self.final_layer(self.blocks(x, c, rotary), c)
         return patches.unpatchify(x, self.patch_size)[..., : self.in_channels]
+
+    @classmethod
+    def open_foreign(
+        cls, path: Path, part: str | None, overrides: pretrained.Arguments
+    ) -> pretrained.Weights:
+        source = sources.open_tensors(path, part)
+        arguments = dit_names.dit_sizes(source.shapes, **overrides)
+        return pretrained.Weights(arguments, dit_names.dit_table(**arguments), source)
+
+    @classmethod
+    def export(
+        cls, layout: str, arguments: pretrained.Arguments, ours: tables.Source
+    ) -> pretrained.Export:
+        return pretrained.Export(dit_names.dit_table(**arguments), "model.pt")
 
 
 def make_norm(hidden_size: int, use_rmsnorm: bool, rngs: nnx.Rngs) -> nnx.Module:

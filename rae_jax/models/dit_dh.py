@@ -1,6 +1,7 @@
 """DiT-DH: a deep narrow trunk conditions a shallow wide head (arXiv:2510.11690)."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from rae_jax.convert import dit_names, sources, tables
 from rae_jax.layers import conditioning, linear, patches, stack
-from rae_jax.models import dit
+from rae_jax.models import dit, pretrained
 
 # Two blocks as wide as a DiT-G, whatever the trunk.
 HEAD = dict(hidden_size=2048, depth=2, num_heads=16)
@@ -19,7 +21,7 @@ PRESETS = {
 }
 
 
-class DiTDH(nnx.Module):
+class DiTDH(pretrained.Pretrained, nnx.Module):
     """Predicts the velocity of latents from their noised form, time and class.
 
     The trunk sees x_t, time and class, and returns one vector per token. The head
@@ -28,6 +30,9 @@ class DiTDH(nnx.Module):
     can be kept for several calls of `head`.
 
     Initialised as in the official code; the output of a new network is zero.
+    `from_pretrained` also reads official weights ("stage2_model.pt" and training
+    checkpoints); `depth` has to be given where trunk and head are equally wide and
+    the head is not two blocks deep.
 
     Args:
         input_size: Height and width of the latents.
@@ -48,6 +53,8 @@ class DiTDH(nnx.Module):
         rngs: Randomness of the initial values.
         **block: `mlp_ratio`, `qk_norm` and `use_swiglu` of `dit.DiTBlock`.
     """
+
+    layouts = (pretrained.OWN_LAYOUT, "official")
 
     def __init__(
         self,
@@ -120,3 +127,18 @@ class DiTDH(nnx.Module):
         rotary = dit.make_rotary(self.use_rope, self.head_blocks, self.grid)
         x = self.head_blocks(x, s, rotary)
         return patches.unpatchify(self.final_layer(x, s), 1)
+
+    @classmethod
+    def open_foreign(
+        cls, path: Path, part: str | None, overrides: pretrained.Arguments
+    ) -> pretrained.Weights:
+        source = sources.open_tensors(path, part)
+        arguments = dit_names.dit_dh_sizes(source.shapes, **overrides)
+        table = dit_names.dit_dh_table(**arguments)
+        return pretrained.Weights(arguments, table, source)
+
+    @classmethod
+    def export(
+        cls, layout: str, arguments: pretrained.Arguments, ours: tables.Source
+    ) -> pretrained.Export:
+        return pretrained.Export(dit_names.dit_dh_table(**arguments), "model.pt")

@@ -4,13 +4,19 @@ arXiv:2510.11690 section 3. Latents are channel-last grids (b, h, w, c).
 """
 
 import math
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rae_jax import config as configs
+from rae_jax.convert import diffusers_names, hub, published, rae_names, tables
 from rae_jax.layers import resize
+from rae_jax.models import decoder as decoders
+from rae_jax.models import pretrained, rae_layouts, recording, vit_encoder
 
 NOISES = ("uniform", "half_normal")
 Stats = dict[str, jax.Array]
@@ -85,15 +91,29 @@ def _channels(values: tuple[float, ...]) -> jax.Array:
     return jnp.asarray(values, jnp.float32)[None, None, None, :]
 
 
-class RAE(nnx.Module):
+class RAE(pretrained.Pretrained, nnx.Module):
     """Encoder, decoder and latent statistics as one autoencoder.
+
+    `from_pretrained` also reads diffusers' `AutoencoderRAE`, official stage-1
+    checkpoints (see `rae_layouts.open_official` for what these do not tell), and the
+    names in `published`; `from_parts` assembles files of encoder, decoder and
+    statistics.
 
     Args:
         encoder: See `models.encoders`.
         decoder: See `models.decoder`.
         latent_shape: Shape (h, w, c) of a latent; statistics start as 0 and 1.
-        eps: Added to the variance (1e-5 in the official code).
+        eps: Added to the variance or deviation (1e-5 in the official code).
+        normalization: What latents are divided by after the mean is subtracted:
+            "variance" is sqrt(var + eps), the official code; "deviation" is
+            std + eps, diffusers.
+        scaling_factor: By which normalised latents are multiplied (diffusers).
+
+    Raises:
+        ValueError: For another normalisation.
     """
+
+    layouts = (pretrained.OWN_LAYOUT, "official", "diffusers")
 
     def __init__(
         self,
@@ -102,19 +122,127 @@ class RAE(nnx.Module):
         latent_shape: tuple[int, int, int],
         *,
         eps: float = 1e-5,
+        normalization: str = "variance",
+        scaling_factor: float = 1.0,
     ):
+        if normalization not in rae_names.SPREADS:
+            allowed = list(rae_names.SPREADS)
+            raise ValueError(configs.suggest(normalization, allowed, "normalization"))
         self.encoder, self.decoder, self.eps = encoder, decoder, eps
+        self.scaling_factor = scaling_factor
         self.latent_mean = nnx.Param(jnp.zeros(latent_shape))
-        self.latent_var = nnx.Param(jnp.ones(latent_shape))
+        is_variance, spread = normalization == "variance", jnp.ones(latent_shape)
+        self.latent_var = nnx.Param(spread) if is_variance else None
+        self.latent_std = None if is_variance else nnx.Param(spread)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Maps images (b, H, W, 3) in [0, 1] to normalised latents (b, h, w, c)."""
-        return normalize(encode(self.encoder, images), self._stats(), self.eps)
+        z = encode(self.encoder, images)
+        z = (z - self.latent_mean[...][None]) / self._scale()[None]
+        return z * self.scaling_factor
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Maps normalised latents (b, h, w, c) to images (b, H, W, 3), not clipped."""
-        z = denormalize(z, self._stats(), self.eps)
+        z = z / self.scaling_factor
+        z = z * self._scale()[None] + self.latent_mean[...][None]
         return decode(self.decoder, z, self.encoder)
 
-    def _stats(self) -> Stats:
-        return {"mean": self.latent_mean[...], "var": self.latent_var[...]}
+    def _scale(self) -> jax.Array:
+        if self.latent_var is not None:
+            return jnp.sqrt(self.latent_var[...] + self.eps)
+        return self.latent_std[...] + self.eps
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike, *, part: str | None = None, **overrides: Any
+    ) -> Self:
+        """Loads an autoencoder, see `Pretrained.from_pretrained`.
+
+        Names of `published.AUTOENCODERS` stand for their parts.
+        """
+        if str(source) in published.AUTOENCODERS:
+            parts = published.AUTOENCODERS[str(source)]
+            overrides = {"encoder_input_size": parts.input_size} | overrides
+            return cls.from_parts(
+                parts.encoder,
+                parts.decoder,
+                latent_stats=parts.latent_stats,
+                **overrides,
+            )
+        return super().from_pretrained(source, part=part, **overrides)
+
+    @classmethod
+    def from_parts(
+        cls,
+        encoder: str | os.PathLike | nnx.Module,
+        decoder: str | os.PathLike | nnx.Module,
+        *,
+        latent_stats: str | os.PathLike | None = None,
+        encoder_input_size: int | None = None,
+        eps: float = 1e-5,
+        **shared: Any,
+    ) -> Self:
+        """Assembles an autoencoder from networks or from their files.
+
+        Args:
+            encoder: An encoder, or what its class loads.
+            decoder: A decoder, or what `RAEDecoder` loads.
+            latent_stats: File of statistics, official or ours; none when None.
+            encoder_input_size: To which images are resized; the encoder's own
+                choice when None.
+            eps: Added to the variance.
+            **shared: `dtype` and `remat` of networks that are loaded.
+
+        Raises:
+            FileNotFoundError: A file is missing; the message says how to get it.
+            ValueError: The parts do not fit together.
+        """
+        if not isinstance(encoder, nnx.Module):
+            size = {"image_size": encoder_input_size} if encoder_input_size else {}
+            encoder = _load_encoder(encoder, **size, **shared)
+        if not isinstance(decoder, nnx.Module):
+            decoder = decoders.RAEDecoder.from_pretrained(decoder, **shared)
+        if decoder.embed.in_features != encoder.hidden_size:
+            raise ValueError(
+                f"The decoder is for latents of {decoder.embed.in_features} channels, "
+                f"the encoder's have {encoder.hidden_size}."
+            )
+        grid = encoder.input_size // encoder.patch_size
+        shape = (grid, grid, encoder.hidden_size)
+        stats = rae_layouts.read_stats(latent_stats, shape).arrays()
+        # Without statistics latents stay as they are, to the bit.
+        model = cls(encoder, decoder, shape, eps=eps if latent_stats else 0.0)
+        model.latent_mean = nnx.Param(jnp.asarray(stats["mean"]))
+        model.latent_var = nnx.Param(jnp.asarray(stats["var"]))
+        return model
+
+    @classmethod
+    def open_foreign(
+        cls, path: Path, part: str | None, overrides: pretrained.Arguments
+    ) -> pretrained.Weights:
+        settings = pretrained.read_config(path)
+        if diffusers_names.is_settings(settings):
+            return rae_layouts.open_diffusers(path, settings, overrides)
+        return rae_layouts.open_official(path, part, overrides)
+
+    @classmethod
+    def export(
+        cls,
+        layout: str,
+        arguments: pretrained.Arguments,
+        ours: tables.Source,
+        **options: Any,
+    ) -> pretrained.Export:
+        if layout == "official":
+            return rae_layouts.export_official(arguments, ours, **options)
+        return rae_layouts.export_diffusers(arguments, ours, **options)
+
+
+def _load_encoder(source: str | os.PathLike, **overrides: Any) -> nnx.Module:
+    """Loads an encoder of whatever class the source is for."""
+    path = hub.locate(source, allow=pretrained.HUB_FILES)
+    default = vit_encoder.ViTEncoder.__name__
+    name = pretrained.read_config(path).get("class", default)
+    if name not in recording.CLASSES:
+        raise ValueError(configs.suggest(name, list(recording.CLASSES), "class"))
+    return recording.CLASSES[name].from_pretrained(path, **overrides)
