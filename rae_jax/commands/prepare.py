@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("dst", metavar="DST", nargs="?", help="folder for shards, or OUT.npz to pack")
     pack = "write centre crops as one array (arr_0, uint8), as references of rFID are"
     add("--pack", metavar="OUT.npz", help=f"{pack}; needs --size")
-    add("--limit", type=_positive, metavar="N", help="pack only the first N images")
+    limit = f"pack only the first N images (default: {preparing.PACK_LIMIT})"
+    add("--limit", type=_positive, metavar="N", help=limit)
     layouts = "class: one folder per class; flat: no labels (default: what is found)"
     add("--layout", choices=("auto", "class", "flat"), default="auto", help=layouts)
     bad = "leave out files that cannot be read, and list them"
@@ -89,15 +90,16 @@ def _prepare(args: argparse.Namespace) -> int:
         quality=None if args.png else args.quality,
         skip_bad=args.skip_bad,
     )
-    source = sources.open_folder(args.src, args.layout)
+    source = _open(args, pack)
     print(f"{len(source)} images, {source.num_classes} classes in {args.src}")
-    total = min(len(source), args.limit or len(source))
+    limit = (args.limit or preparing.PACK_LIMIT) if pack else len(source)
+    total = min(len(source), limit)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task("preparing", total=total)
         options = dict(workers=args.workers, progress=lambda n: bar.advance(task, n))
         if pack:
-            options["limit"] = args.limit
+            options["limit"] = limit
             skipped = preparing.write_pack(source, target, recipe, **options)
         else:
             options["shards"] = args.shards
@@ -105,6 +107,13 @@ def _prepare(args: argparse.Namespace) -> int:
             skipped = metadata["skipped"]
     _report(total - len(skipped), target, skipped)
     return 0
+
+
+def _open(args: argparse.Namespace, pack: bool) -> preparing.Source:
+    """Opens the images; those to be packed are all below the folder, as officially."""
+    if pack and args.layout == "auto":
+        return preparing.Tree(args.src)
+    return sources.open_folder(args.src, args.layout)
 
 
 def _target(args: argparse.Namespace) -> tuple[Path, bool]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from rae_jax.data import images, records, sources, transforms
 
+PACK_LIMIT = 50_000  # Images of a packed reference, as in the official code.
 IMAGES_PER_SHARD = 2048
 MAX_SHARDS = 1024
 CHUNK = 32  # images per task of a packed array
@@ -72,8 +73,53 @@ class Shard:
     stop: int
 
 
+class Tree:
+    """All images below a folder, sorted by their whole paths, without labels.
+
+    The order and choice of the official packing script; for folders of classes it is
+    that of `sources.ClassFolder` unless one class's name begins another's.
+
+    Raises:
+        ValueError: There are no images, or no such folder.
+    """
+
+    class_names = ("image",)
+    num_classes = 1
+
+    def __init__(self, path: str | Path):
+        self._root = Path(path).expanduser()
+        if not self._root.is_dir():
+            raise ValueError(f"{path} is no folder; expected one with images.")
+        found = (
+            os.path.relpath(os.path.join(folder, name), self._root)
+            for folder, _, names in os.walk(self._root, followlinks=True)
+            for name in names
+            if name[0] != "." and name.lower().endswith(images.EXTENSIONS)
+        )
+        self._files = sorted(found)
+        if not self._files:
+            raise ValueError(
+                f"{path} holds no images of type {', '.join(images.EXTENSIONS)}, "
+                "directly or in its folders."
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """Returns the path of one image relative to the folder."""
+        return self._files[index]
+
+    def __getitem__(self, index: int) -> sources.Record:
+        path = self._root / self._files[index]
+        return {"image": path.read_bytes(), "label": 0, "name": str(path)}
+
+
+Source = sources.Folder | Tree
+
+
 def write_shards(
-    source: sources.Folder,
+    source: Source,
     folder: Path,
     recipe: Recipe,
     *,
@@ -121,7 +167,7 @@ def shard_count(num_images: int, asked: int | None = None) -> int:
 
 
 def write_pack(
-    source: sources.Folder,
+    source: Source,
     path: Path,
     recipe: Recipe,
     *,
@@ -133,7 +179,7 @@ def write_pack(
 
     The file is an uncompressed .npz with the array "arr_0", as ADM's evaluator and
     the official RAE code use for references of rFID. It is written image by image, so
-    it need not fit into memory.
+    it need not fit into memory. Take a `Tree` for the official order.
 
     Returns:
         Why each skipped file could not be read.
@@ -156,7 +202,7 @@ def write_pack(
         progress(-len(chosen))
 
 
-def _plan(source: sources.Folder, recipe: Recipe, count: int) -> dict[str, Any]:
+def _plan(source: Source, recipe: Recipe, count: int) -> dict[str, Any]:
     digest = hashlib.sha256()
     for index in range(len(source)):
         digest.update(f"{source.name(index)}\n".encode())
@@ -220,14 +266,14 @@ def _tasks(folder: Path, total: int, count: int) -> list[Shard]:
 
 
 # Set once per process: a source may list millions of files.
-_shared: tuple[sources.Folder, Recipe]
+_shared: tuple[Source, Recipe]
 
 
 def _parallel(
     function: Callable[[Any], Any],
     tasks: Iterable[Any],
     workers: int,
-    source: sources.Folder,
+    source: Source,
     recipe: Recipe,
 ) -> Iterator[Any]:
     """Yields function(task) in order, computed a little ahead by several processes."""
@@ -253,12 +299,12 @@ def _parallel(
         executor.shutdown(cancel_futures=True)
 
 
-def _set_shared(source: sources.Folder, recipe: Recipe) -> None:
+def _set_shared(source: Source, recipe: Recipe) -> None:
     global _shared
     _shared = (source, recipe)
 
 
-def _start_worker(source: sources.Folder, recipe: Recipe) -> None:
+def _start_worker(source: Source, recipe: Recipe) -> None:
     _set_shared(source, recipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends us in good order.
     parent = multiprocessing.parent_process()
@@ -292,7 +338,7 @@ def _write_shard(task: Shard) -> Shard:
 
 
 def _write_npz(
-    source: sources.Folder,
+    source: Source,
     path: Path,
     recipe: Recipe,
     indices: list[int],
@@ -333,5 +379,5 @@ def _crop(indices: list[int]) -> dict[int, bytes | str]:
     return rows
 
 
-def _reason(source: sources.Folder, index: int, error: images.BadImageError) -> str:
+def _reason(source: Source, index: int, error: images.BadImageError) -> str:
     return f"{source.name(index)}: {error.reason}"

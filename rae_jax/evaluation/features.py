@@ -1,53 +1,86 @@
-"""Frechet distances in the feature space of EfficientNet-Lite0.
+"""Frechet distances in the feature space of networks that are at hand.
 
-An ImageNet classifier that is not trained here. The distance is called `fd_efflite0`:
-it is not the FID, whose Inception network cannot be installed from a package index.
+`fd_efflite0` uses EfficientNet-Lite0, an ImageNet classifier from a Python package,
+and `fd_NAME_mean` an encoder of this project. Neither is the FID, whose network is in
+`inception_features`.
 """
 
-from collections.abc import Iterable
+import os
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from rae_jax.evaluation import frechet
-from rae_jax.models import efficientnet, metrics_nets
+from rae_jax.evaluation import extractors
+from rae_jax.layers import resize
+from rae_jax.models import efficientnet, metrics_nets, vit_encoder
 
+EFFLITE0 = "fd_efflite0"
 INPUT_SIZE = 128
 
 
-class EfficientNetFeatures:
-    """Maps batches of images to pooled EfficientNet-Lite0 features.
+def make_efflite0(
+    batch_size: int = 64, *, input_size: int = INPUT_SIZE, mesh: Mesh | None = None
+) -> extractors.Extractor:
+    """Returns pooled EfficientNet-Lite0 features, "pool" (b, 1280).
 
     Args:
         batch_size: Images at a time.
         input_size: Side in pixels that the network sees; smaller is faster, and
             distances are comparable only at one size.
+        mesh: Devices; all there are if None.
+
+    Raises:
+        ModuleNotFoundError: The package with the weights is not installed.
     """
+    params = metrics_nets.load_efficientnet_lite0()
+    model = nnx.eval_shape(lambda: efficientnet.EfficientNetLite0(rngs=nnx.Rngs(0)))
+    graphdef = nnx.graphdef(model)
 
-    def __init__(self, batch_size: int, input_size: int = INPUT_SIZE):
-        self.batch_size = batch_size
-        self._params = metrics_nets.load_efficientnet_lite0()
-        model = nnx.eval_shape(lambda: efficientnet.EfficientNetLite0(rngs=nnx.Rngs(0)))
-        graphdef = nnx.graphdef(model)
+    def features(params, images):
+        images = images.astype(jnp.float32) / 255.0
+        model = nnx.merge(graphdef, params)
+        return {extractors.POOL: model.features(images, input_size)}
 
-        @jax.jit
-        def features(params, images):
-            images = images.astype("float32") / 255.0
-            return nnx.merge(graphdef, params).features(images, input_size)
+    return extractors.Extractor(
+        EFFLITE0, features, params, batch_size=batch_size, mesh=mesh
+    )
 
-        self._features = features
 
-    def moments(self, batches: Iterable[np.ndarray]) -> frechet.Moments:
-        """Returns the feature moments of uint8 images (b, h, w, 3) in any batches."""
-        images = np.concatenate(list(batches))
-        moments = frechet.Moments.empty(efficientnet.FEATURE_DIM)
-        for start in range(0, len(images), self.batch_size):
-            part = images[start : start + self.batch_size]
-            count = len(part)
-            if count < self.batch_size:  # One shape, one compilation.
-                copies = np.repeat(part[-1:], self.batch_size - count, axis=0)
-                part = np.concatenate([part, copies])
-            found = np.asarray(self._features(self._params, part))[:count]
-            moments = frechet.add(moments, found)
-        return moments
+def make_encoder(
+    source: str | os.PathLike, *, batch_size: int = 64, mesh: Mesh | None = None
+) -> extractors.Extractor:
+    """Returns the mean patch token of a pretrained encoder, "pool" (b, d).
+
+    Images are resized to the encoder's size (bicubic with antialiasing) and
+    normalised; tokens are those after its last norm, with its affine part. Distances
+    are called fd_NAME_mean, such as fd_dinov2_mean. FD-DINOv2 of the literature uses
+    the class token of a ViT-L/14 instead, which the encoders here do not return, so
+    values must not be compared with it.
+
+    Args:
+        source: What `ViTEncoder.from_pretrained` loads: a hub id, folder or file.
+        batch_size: Images at a time.
+        mesh: Devices; all there are if None.
+    """
+    encoder = vit_encoder.ViTEncoder.from_pretrained(
+        source, normalize=False, dtype="float32"
+    )
+    graphdef, params = nnx.split(encoder, nnx.Param)
+    size = encoder.input_size
+
+    def features(params, images):
+        x = images.astype(jnp.float32) / 255.0
+        if x.shape[1:3] != (size, size):
+            x = resize.resize_bicubic_antialias(x, size, size)
+            x = jnp.clip(x, 0.0, 1.0)  # Cubic weights overshoot.
+        encoder = nnx.merge(graphdef, params)
+        mean, std = (
+            jnp.asarray(values, jnp.float32)[None, None, None, :]
+            for values in (encoder.image_mean, encoder.image_std)
+        )
+        return {extractors.POOL: jnp.mean(encoder((x - mean) / std), axis=1)}
+
+    return extractors.Extractor(
+        f"fd_{encoder.name}_mean", features, params, batch_size=batch_size, mesh=mesh
+    )

@@ -1,4 +1,4 @@
-"""Images side by side in one PNG."""
+"""Images side by side in one PNG, and maps of their errors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ from PIL import Image
 
 GAP = 2
 ZOOM = 2
+ERROR_LIMIT = 0.25
 
 
 def save_rows(path: Path, rows: Sequence[np.ndarray], *, zoom: int = ZOOM) -> None:
@@ -47,6 +48,32 @@ def to_pixels(images: np.ndarray) -> np.ndarray:
     if images.dtype == np.uint8:
         return images
     return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def error_map(
+    images: np.ndarray, recon: np.ndarray, *, limit: float = ERROR_LIMIT
+) -> np.ndarray:
+    """Returns the error of every pixel as colours, uint8 (b, h, w, 3).
+
+    The scale is the same for all images, so maps can be compared: black is no error,
+    the lightest yellow an error of `limit` or more.
+
+    Args:
+        images: Originals (b, h, w, 3), uint8 or float in [0, 1].
+        recon: Reconstructions of the same shape, likewise.
+        limit: Absolute error, averaged over the colours, at the end of the scale.
+
+    Raises:
+        ValueError: Shapes differ.
+    """
+    import matplotlib
+
+    if images.shape != recon.shape:
+        raise ValueError(f"Shapes differ: {images.shape} and {recon.shape}.")
+    a, b = (to_pixels(x).astype(np.float32) / 255.0 for x in (images, recon))
+    error = np.abs(a - b).mean(axis=-1) / limit
+    colours = matplotlib.colormaps["inferno"](np.clip(error, 0.0, 1.0))
+    return to_pixels(colours[..., :3])
 
 
 def _strip(images: np.ndarray) -> np.ndarray:

@@ -1,15 +1,23 @@
 """Final scores of finished runs, and the pictures that go with them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.data import loader
-from rae_jax.evaluation import features, frechet, generate, pictures, reconstruction
-from rae_jax.trainers import frozen, generation, inputs, rae_decoder, registry
+from rae_jax.evaluation import (
+    extractors,
+    features,
+    generate,
+    inception_features,
+    pictures,
+    quality,
+)
+from rae_jax.trainers import decoder_scores, generation, inputs, registry
+from rae_jax.trainers import judges as judging
 from rae_jax.training import checkpoints, sharding
 
 COLUMNS = 8
@@ -20,13 +28,16 @@ STRIP_ROWS = 5
 def run_scores(workdir: Path) -> dict[str, float]:
     """Evaluates the newest checkpoint of a run on its validation images.
 
-    Decoders are scored with the LPIPS of both networks.
+    Decoders are scored with the LPIPS of both networks; see `decoder_scores` for more
+    than that.
 
     Raises:
         ConfigError: If the run's trainer has no scores.
     """
     workdir = Path(workdir).absolute()
     config = configs.read_config(workdir / checkpoints.CONFIG_NAME)
+    if config.trainer == "rae_decoder":
+        return decoder_scores.decoder_scores(workdir).scores
     mesh = sharding.make_mesh(config.mesh.data)
     with jax.set_mesh(mesh):
         program = registry.trainer(config).build(config, workdir, mesh)
@@ -35,30 +46,7 @@ def run_scores(workdir: Path) -> dict[str, float]:
                 f"Runs of {config.trainer!r} have nothing to evaluate."
             )
         state = registry.restore(program, config, workdir, mesh)
-        found = program.evaluate(state, program.frozen, workdir)
-        if config.trainer == "rae_decoder":
-            for backbone in ("alex", "vgg"):
-                if f"lpips_{backbone}" not in found:
-                    found |= _lpips(backbone, config, state, program.frozen, mesh)
-    return found
-
-
-def _lpips(backbone, config, state, networks, mesh) -> dict[str, float]:
-    """Scores with an LPIPS that the decoder was not trained with."""
-    config = config.copy_and_resolve_references()
-    config.loss.perceptual = backbone
-    reconstruct = rae_decoder.make_reconstruct(config)
-    score = rae_decoder.make_scores(config)
-    params = sharding.place(frozen.load_lpips(config.loss.perceptual), mesh)
-    means = reconstruction.ReconstructionScores()
-    rows = sharding.batch_sharding(mesh)
-    with inputs.validation_batches(config.data) as batches:
-        for batch in batches:
-            images = loader.to_global(batch, rows)["image"]
-            recon = reconstruct(state.ema_params, networks["encoder"], images)
-            values = jax.device_get(score(params, images, recon))
-            means = means.add(values, batch["mask"])
-    return means.means() | {"num_images": means.count}
+        return program.evaluate(state, program.frozen, workdir)
 
 
 def generation_scores(
@@ -94,8 +82,8 @@ def generation_scores(
     data = generator.config.data
     scale = generator.config.sampling.guidance_scale if scale is None else scale
     labels = generate.balanced_labels(num_samples, generator.num_classes, seed)
-    net = features.EfficientNetFeatures(batch_size)
-    reference, held_out = _real_moments(net, data, num_reference, num_samples)
+    net = features.make_efflite0(batch_size)
+    reference, held_out = _measure_real(net, data, num_reference, num_samples)
     options = dict(seed=seed, batch_size=batch_size)
     sets = {
         "samples": generator.images(labels, scale=1.0, **options),
@@ -104,35 +92,99 @@ def generation_scores(
     }
     if _has(data, "validation", num_samples):
         sets["real_validation"] = _real(data, "validation", num_samples)
-    moments = {"real_train": held_out}
+    measured = {"real_train": held_out}
+    shown = _shown(labels, generator.num_classes)
     kept = {}
     for name, batches in sets.items():
-        images = np.concatenate(list(batches))[:num_samples]
-        kept[name] = images
-        moments[name] = net.moments([images])
-    save_pictures(generator, labels, kept, scale, seed, folder or Path(workdir))
+        picker = _Picker(batches, shown)
+        measured[name] = quality.measure(net, picker, name)
+        kept[name] = picker.chosen
+    save_pictures(generator, shown, kept, scale, seed, folder or Path(workdir))
     found = {
-        f"fd_efflite0_{name}": frechet.frechet_distance(m, reference)
-        for name, m in moments.items()
+        f"{net.name}_{name}": quality.compare(m, reference).scores[net.name]
+        for name, m in measured.items()
     }
     counts = {"num_samples": num_samples, "num_reference": reference.count}
     return found | counts | {"guidance_scale": scale}
 
 
+def generation_quality(
+    workdir: Path,
+    judges: judging.Judges,
+    *,
+    num_samples: int,
+    seed: int,
+    scale: float | None = None,
+    progress: quality.Progress = lambda count: None,
+) -> quality.Result:
+    """Returns the scores of samples by the standard protocol, "gfid_50k" and others.
+
+    Samples are generated and measured batch by batch, one per label of a balanced
+    set, in random order.
+
+    Args:
+        workdir: Folder of a `latent_diffusion` run.
+        judges: Networks and reference.
+        num_samples: 50,000 in papers.
+        seed: Of the samples.
+        scale: Guidance scale; the config's if None.
+        progress: Called with the number of images just done.
+
+    Raises:
+        ValueError: There are no networks or there is no reference.
+    """
+    networks = judges.networks()
+    if not networks:
+        raise ValueError(inception_features.HOW_TO_GET)
+    if not judges.reference:
+        raise ValueError(
+            "FID compares samples with --reference REF.npz: ADM's "
+            "VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 pixels, or your own "
+            "training images, a folder or packed by `rae-jax prepare --pack`."
+        )
+    generator = generation.load(Path(workdir))
+    scale = generator.config.sampling.guidance_scale if scale is None else scale
+    labels = generate.balanced_labels(num_samples, generator.num_classes, seed)
+    references = judges.references(networks, keep=True)
+    sets = [
+        quality.Collector(net, "the samples", keep=judging.is_inception(net))
+        for net in networks
+    ]
+    options = dict(scale=scale, seed=seed, batch_size=judges.batch_size)
+    for images in generator.images(labels, **options):
+        for collector in sets:
+            collector.add(images)
+        progress(len(images))
+    scores = {"num_samples": num_samples, "guidance_scale": scale}
+    notes: list[str] = []
+    for collector in sets:
+        reference = references[collector.extractor.name]
+        result = quality.compare(collector.finish(), reference, prefix="g")
+        scores |= result.scores
+        notes += [note for note in result.notes if note not in notes]
+    return quality.Result(scores, tuple(notes))
+
+
 def save_pictures(
     generator: generation.Generator,
-    labels: np.ndarray,
-    images: dict[str, np.ndarray],
+    shown: list[np.ndarray],
+    images: dict[str, dict[int, np.ndarray]],
     scale: float,
     seed: int,
     folder: Path,
 ) -> None:
-    """Writes samples class by class and the way from noise to image."""
-    order = np.argsort(labels, kind="stable")
-    classes = range(min(generator.num_classes, 10))
-    rows = [order[labels[order] == y][:COLUMNS] for y in classes]
+    """Writes samples class by class and the way from noise to image.
+
+    Args:
+        generator: What made the samples.
+        shown: Indices of samples, row by row.
+        images: Those samples by index, unguided as "samples" and "guided".
+        scale: Guidance scale of the way.
+        seed: Of the samples.
+        folder: Where pictures go.
+    """
     for name, file in (("samples", "samples"), ("guided", "samples_guided")):
-        parts = [images[name][row] for row in rows if len(row)]
+        parts = [np.stack([images[name][i] for i in row.tolist()]) for row in shown]
         pictures.save_rows(folder / f"{file}.png", parts)
     sampling = generator.config.sampling
     points = sampling.num_points + sampling.final_zero
@@ -140,6 +192,30 @@ def save_pictures(
     chosen = np.arange(STRIP_ROWS) * generator.num_classes // STRIP_ROWS
     states = generator.states(chosen, keep, scale=scale, seed=seed)
     pictures.save_rows(folder / "strip.png", list(states.swapaxes(0, 1)))
+
+
+def _shown(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """Returns the indices of the samples in the picture, one row per class."""
+    order = np.argsort(labels, kind="stable")
+    classes = range(min(num_classes, 10))
+    rows = [order[labels[order] == y][:COLUMNS] for y in classes]
+    return [row for row in rows if len(row)]
+
+
+class _Picker:
+    """Passes batches of images on and keeps those with given indices."""
+
+    def __init__(self, batches: Iterable[np.ndarray], rows: list[np.ndarray]):
+        self.chosen: dict[int, np.ndarray] = {}
+        self._batches, self._wanted = batches, set(np.concatenate(rows).tolist())
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        start = 0
+        for batch in self._batches:
+            for i in self._wanted & set(range(start, start + len(batch))):
+                self.chosen[i] = batch[i - start].copy()
+            start += len(batch)
+            yield batch
 
 
 def save_real(data, num_classes: int, folder: Path) -> None:
@@ -155,17 +231,27 @@ def save_real(data, num_classes: int, folder: Path) -> None:
     pictures.save_rows(folder / "real.png", rows)
 
 
-def _real_moments(net, data, num_reference: int, num_held_out: int):
+def _measure_real(
+    net: extractors.Extractor, data: ConfigDict, num_reference: int, num_held_out: int
+) -> tuple[quality.Measured, quality.Measured]:
     """Splits training images into a reference and as many others as samples."""
-    images = np.concatenate(list(_real(data, data.split, num_reference + num_held_out)))
-    if len(images) < 2 * num_held_out:
+    total = min(len(inputs.open_source(data, data.split)), num_reference + num_held_out)
+    if total < 2 * num_held_out:
         raise ValueError(
-            f"{len(images)} training images are too few to compare {num_held_out} "
-            f"samples with; lower --num-samples to at most {len(images) // 2}."
+            f"{total} training images are too few to compare {num_held_out} "
+            f"samples with; lower --num-samples to at most {total // 2}."
         )
-    order = np.random.default_rng(0).permutation(len(images))
-    held_out, reference = order[:num_held_out], order[num_held_out:]
-    return net.moments([images[reference]]), net.moments([images[held_out]])
+    is_held_out = np.zeros(total, bool)
+    is_held_out[np.random.default_rng(0).permutation(total)[:num_held_out]] = True
+    reference = quality.Collector(net, "the training images")
+    held_out = quality.Collector(net, "the held-out training images")
+    start = 0
+    for batch in _real(data, data.split, total):
+        out = is_held_out[start : start + len(batch)]
+        for collector, part in ((held_out, batch[out]), (reference, batch[~out])):
+            collector.add(part)
+        start += len(batch)
+    return reference.finish(), held_out.finish()
 
 
 def _has(data, split: str, count: int) -> bool:
