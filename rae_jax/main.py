@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rae_jax import __version__
 
 VERBS = ("train", "quickstart", "prepare", "reconstruct", "sample", "evaluate")
-VERBS += ("report",)
+VERBS += ("convert", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

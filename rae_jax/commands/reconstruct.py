@@ -1,18 +1,24 @@
 """`rae-jax reconstruct`: images through a trained autoencoder, side by side."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-HELP = "Encode and decode images with a trained rae_decoder run, side by side."
+HELP = "Encode and decode images with a trained autoencoder, side by side."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     parser.add_argument("images", type=Path, help="an image or a folder of images")
-    parser.add_argument(
-        "--workdir", type=Path, required=True, help="folder of a rae_decoder run"
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", type=Path, help="folder of a rae_decoder run")
+    model.add_argument(
+        "--autoencoder",
+        metavar="SRC",
+        help="converted or published weights: a folder, a file, a hub id, or a name "
+        "such as rae-dinov2-b",
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for PNGs: input, reconstruction"
@@ -23,12 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes one PNG per image and prints its PSNR and SSIM."""
     from rae_jax.data import images, transforms
-    from rae_jax.trainers import autoencoder
 
     files = find_images(args.images)
-    loaded = autoencoder.load(args.workdir)
-    reconstruct = autoencoder.make_reconstruct(loaded)
-    size = loaded.config.data.image_size
+    size, reconstruct = load(args)
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]
         pixels = np.stack(
@@ -37,6 +40,21 @@ def run(args: argparse.Namespace) -> int:
         write_pairs(args.out, part, pixels, reconstruct(pixels))
     print(f"{len(files)} reconstructions: {args.out}")
     return 0
+
+
+def load(
+    args: argparse.Namespace,
+) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+    """Returns the image size of the autoencoder and the map of images through it."""
+    from rae_jax.trainers import autoencoder, weights
+
+    if args.workdir is not None:
+        loaded = autoencoder.load(args.workdir)
+        size = loaded.config.data.image_size
+        return size, autoencoder.make_reconstruct(loaded)
+    model = weights.load_autoencoder(args.autoencoder, remat="none")
+    size = autoencoder.image_size(model)
+    return size, autoencoder.make_converted_reconstruct(model)
 
 
 def find_images(path: Path) -> list[Path]:

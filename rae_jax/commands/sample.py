@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,46 +12,60 @@ from rich.progress import Progress
 
 from rae_jax import config as configs
 
-HELP = "Generate images with a trained latent_diffusion run."
+HELP = "Generate images with a latent_diffusion run, or with converted weights."
+EXAMPLES = """\
+  rae-jax sample runs/dit_dh --out samples.png
+  rae-jax sample --model dit-dh-xl-256 --autoencoder rae-dinov2-b \\
+      --labels 207,360 --num-samples 8 --out samples.png
+  rae-jax sample --model dit-dh-xl-256 --autoencoder rae-dinov2-b \\
+      --guide dit-dh-s-256-ep14 --guidance-scale 1.42 --num-samples 50000 --out 50k.npz
+
+SRC is a file or folder of any layout (see rae-jax convert), a hub id, a name of a
+published model, or the workdir of a run.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    parser.add_argument("workdir", type=Path, help="folder of a latent_diffusion run")
-    parser.add_argument(
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    add = parser.add_argument
+    add("workdir", type=Path, nargs="?", help="folder of a latent_diffusion run")
+    add(
         "--out",
         type=Path,
         required=True,
         help="a picture (.png: one grid), an array (.npz: arr_0, labels) or a folder",
     )
-    parser.add_argument("--num-samples", type=int, default=64, help="default 64")
-    parser.add_argument("--batch-size", type=int, default=32, help="default 32")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument(
-        "--guidance-scale", type=float, help="1 for none; default: the config's"
-    )
-    parser.add_argument(
+    add("--num-samples", type=int, default=64, help="default 64")
+    add("--batch-size", type=int, default=32, help="default 32")
+    add("--seed", type=int, default=0, help="default 0")
+    add(
         "--labels",
         help="class names or numbers, separated by commas; default: all, balanced",
     )
-    parser.add_argument(
-        "--decoder",
-        default="",
-        help="workdir of a rae_decoder run, if not the config's",
+    add("--guidance-scale", type=float, help="1 for none; default: the config's, or 1")
+    add("--guidance-interval", help="times LOW,HIGH; default: the config's, or 0,1")
+    add("--num-points", type=int, help="of the grid; default: the config's, or 50")
+    add("--decoder", help="workdir of a rae_decoder run, if not the config's")
+    group = parser.add_argument_group("instead of a workdir")
+    add = partial(group.add_argument, metavar="SRC")
+    add("--model", help="diffusion transformer")
+    add("--autoencoder", help="autoencoder of its latents")
+    add("--guide", help="weaker diffusion transformer, for autoguidance")
+    add("--latent-stats", help="statistics in place of the autoencoder's")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of products; default float32"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Generates, shows progress and writes `--out`."""
-    from rae_jax.trainers import generation, inputs
-
     if args.num_samples < 1 or args.batch_size < 1:
         raise ValueError("--num-samples and --batch-size must be at least 1.")
-    generator = generation.load(args.workdir, args.decoder)
-    names = inputs.class_names(generator.config.data, generator.num_classes)
+    generator, names, scale = load(args)
     labels = choose_labels(args.labels, names, args.num_samples, args.seed)
-    scale = args.guidance_scale
-    scale = generator.config.sampling.guidance_scale if scale is None else scale
+    scale = scale if args.guidance_scale is None else args.guidance_scale
     batches = generator.images(
         labels, scale=scale, seed=args.seed, batch_size=args.batch_size
     )
@@ -63,6 +79,69 @@ def run(args: argparse.Namespace) -> int:
     save(args.out, images, labels)
     print(f"{len(images)} images: {args.out}")
     return 0
+
+
+def load(
+    args: argparse.Namespace,
+) -> tuple[Any, tuple[str, ...], float]:
+    """Returns the generator, the names of its classes and its usual guidance scale.
+
+    Raises:
+        ConfigError: Arguments are missing or do not go together.
+    """
+    from rae_jax.trainers import generation, inputs
+
+    check_arguments(args)
+    sampling = {"num_points": args.num_points}
+    sampling["guidance_interval"] = parse_interval(args.guidance_interval)
+    sampling = {k: v for k, v in sampling.items() if v is not None}
+    if args.workdir is not None:
+        generator = generation.load(args.workdir, args.decoder or "", **sampling)
+        names = inputs.class_names(generator.config.data, generator.num_classes)
+        return generator, names, generator.config.sampling.guidance_scale
+    generator = generation.load_converted(
+        args.model,
+        args.autoencoder,
+        guide=args.guide,
+        latent_stats=args.latent_stats,
+        dtype=args.dtype or "float32",
+        **sampling,
+    )
+    return generator, tuple(map(str, range(generator.num_classes))), 1.0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises a ConfigError where arguments are missing or contradict each other."""
+    converted = ("model", "autoencoder", "guide", "latent_stats", "dtype")
+    given = [f"--{n.replace('_', '-')}" for n in converted if getattr(args, n)]
+    if args.workdir is not None and given:
+        raise configs.ConfigError(
+            f"Give the workdir of a run or {', '.join(given)}, not both."
+        )
+    if args.workdir is None and not (args.model and args.autoencoder):
+        raise configs.ConfigError(
+            "Give the workdir of a run, or --model and --autoencoder."
+        )
+    if args.workdir is None and args.decoder:
+        raise configs.ConfigError("--decoder goes with a workdir; give --autoencoder.")
+    if args.guide and args.guidance_scale is None:
+        raise configs.ConfigError(
+            "Give --guidance-scale for the --guide; the published results have 1.42 at "
+            "256 pixels and 1.5 at 512."
+        )
+
+
+def parse_interval(text: str | None) -> tuple[float, float] | None:
+    """Turns LOW,HIGH into two times; a ConfigError if it is not that."""
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise configs.ConfigError(
+            f"--guidance-interval {text!r}: give two times, such as 0,1."
+        ) from error
+    return low, high
 
 
 def choose_labels(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 
 Shape = tuple[int, ...]
@@ -305,12 +306,17 @@ def _check_extras(table: Table, source: Source) -> None:
             continue
         given, expected = source.read(extra.name), extra.make()
         if given.shape != expected.shape or not np.allclose(
-            given.astype(np.float32), expected, rtol=0, atol=_EXTRA_TOLERANCE
+            given.astype(np.float32), expected, rtol=0, atol=_tolerance(given.dtype)
         ):
             raise ValueError(
                 f"{source.origin}: {extra.name} is not the table that the sizes imply: "
                 "the file belongs to a model of another grid or another kind."
             )
+
+
+def _tolerance(dtype: np.dtype) -> float:
+    """Returns by how much a table of sines may differ that is stored as `dtype`."""
+    return max(_EXTRA_TOLERANCE, float(ml_dtypes.finfo(dtype).eps))
 
 
 def _raise(origin: str, problems: Iterable[str], limit: int = 40) -> None:

@@ -4,6 +4,7 @@ One isotropic ViT; its first blocks are the encoder, the rest the decoder
 (arXiv:2401.14404 section 3).
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from rae_jax.layers import conditioning, linear, norm, patches, positions, stack
-from rae_jax.models import dit
+from rae_jax.models import dit, pretrained
 
 
 class LDAE(nnx.Module):
@@ -87,12 +88,32 @@ class LDAE(nnx.Module):
         """Returns the tokens (b, n, hidden_size) after the first `depth` blocks."""
         return self.blocks(self._embed(x), self.t_embedder(t), stop=depth)
 
+    def block_features(
+        self, x: jax.Array, t: jax.Array, indices: Sequence[int]
+    ) -> list[jax.Array]:
+        """Returns the tokens (b, n, hidden_size) after each block of `indices`.
+
+        Raises:
+            ValueError: If the indices do not increase or there is no such block.
+        """
+        indices, depth = list(indices), self.blocks.depth
+        if indices != sorted(set(indices)) or not set(indices) <= set(range(depth)):
+            raise ValueError(
+                f"Blocks must increase and lie in 0..{depth - 1}, got {indices}."
+            )
+        x, c, start, found = self._embed(x), self.t_embedder(t), 0, []
+        for index in indices:
+            x = self.blocks(x, c, start=start, stop=index + 1)
+            found.append(x)
+            start = index + 1
+        return found
+
     def _embed(self, x: jax.Array) -> jax.Array:
         table = jnp.asarray(positions.sincos_2d(self.hidden_size, self.grid))
         return self.embed(x).astype(jnp.float32) + table[None]
 
 
-class LDAEEncoder(nnx.Module):
+class LDAEEncoder(pretrained.Pretrained, nnx.Module):
     """The encoder half of an l-DAE at one fixed noise level, as RAE's encoder.
 
     Images first pass through the patch PCA: where the pre-training added noise in
@@ -147,11 +168,28 @@ class LDAEEncoder(nnx.Module):
 
     def raw_features(self, images: jax.Array) -> jax.Array:
         """Returns the tokens before the output norm, which the linear probe pools."""
+        return self.net.features(*self._inputs(images), self.depth)
+
+    def block_features(
+        self, images: jax.Array, indices: Sequence[int]
+    ) -> list[jax.Array]:
+        """Returns the tokens (b, n, hidden_size) after some blocks, before the norm.
+
+        Args:
+            images: Normalised images (b, h, w, 3).
+            indices: Blocks counted from 0, increasing.
+
+        Raises:
+            ValueError: If the indices do not increase or there is no such block.
+        """
+        return self.net.block_features(*self._inputs(images), indices)
+
+    def _inputs(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns projected patches (b, n, p) and the noise level (b,) for the net."""
         mean, basis = self.pca_mean[None, None, :], self.pca_basis[...]
         tokens = patches.patchify(images, self.patch_size)
         tokens = ((tokens - mean) @ basis.T) @ basis + mean
-        t = jnp.full(images.shape[:1], self.time_index)
-        return self.net.features(tokens, t, self.depth)
+        return tokens, jnp.full(images.shape[:1], self.time_index)
 
 
 def encoder_params(params: dict, basis: jax.Array, mean: jax.Array, depth: int) -> dict:

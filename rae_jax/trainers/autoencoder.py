@@ -10,9 +10,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax.convert import published
 from rae_jax.evaluation import reconstruction
-from rae_jax.models import rae
-from rae_jax.trainers import frozen, rae_decoder
+from rae_jax.models import pretrained, rae
+from rae_jax.trainers import frozen, inputs, rae_decoder
 from rae_jax.training import checkpoints, state
 
 
@@ -21,13 +22,13 @@ class Autoencoder:
     """Encoder and decoder as static parts and plain parameters.
 
     Attributes:
-        config: Config of the run.
+        config: Config of the run; None for converted weights.
         encoder_def: Static part of the encoder.
         decoder_def: Static part of the decoder.
         params: {"encoder", "decoder"}, an argument of every jitted function.
     """
 
-    config: ConfigDict
+    config: ConfigDict | None
     encoder_def: nnx.GraphDef
     decoder_def: nnx.GraphDef
     params: state.Params
@@ -66,6 +67,37 @@ def load(workdir: Path) -> Autoencoder:
     )
 
 
+def find(source: str, workdir: Path) -> Autoencoder:
+    """Loads what a config names as its decoder.
+
+    Args:
+        source: Workdir of a decoder run, or a file or folder of a whole autoencoder
+            in any layout, relative to `workdir`; or a name of `convert.published`.
+        workdir: Folder of the run whose config it is.
+
+    Raises:
+        ConfigError, CheckpointError: See `load`.
+        FileNotFoundError, ValueError: See `RAE.from_pretrained`.
+    """
+    if source in published.AUTOENCODERS or source in published.DIFFUSERS:
+        return from_model(rae.RAE.from_pretrained(source))
+    path = frozen.resolve(source, workdir)
+    settings = pretrained.read_config(path)
+    if path.is_file() or (settings and "trainer" not in settings):
+        return from_model(rae.RAE.from_pretrained(path))
+    return load(path)
+
+
+def from_model(model: rae.RAE) -> Autoencoder:
+    """Takes encoder and decoder out of an autoencoder, whose statistics stay behind."""
+    encoder_def, decoder_def = nnx.graphdef(model.encoder), nnx.graphdef(model.decoder)
+    params = {
+        "encoder": state.param_dict(model.encoder),
+        "decoder": state.param_dict(model.decoder),
+    }
+    return Autoencoder(None, encoder_def, decoder_def, params)
+
+
 def make_reconstruct(loaded: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:
     """Returns the map of uint8 images (b, h, w, 3) through encoder and decoder."""
     function = rae_decoder.make_reconstruct(loaded.config)
@@ -76,3 +108,21 @@ def make_reconstruct(loaded: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:
         return np.asarray(reconstruction.to_uint8(recon))
 
     return reconstruct
+
+
+def image_size(model: rae.RAE) -> int:
+    """Returns the height and width of the images that an autoencoder makes."""
+    return model.decoder.grid * model.decoder.patch_size
+
+
+def make_converted_reconstruct(model: rae.RAE) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the map of uint8 images (b, h, w, 3) through an autoencoder."""
+    graphdef, params = nnx.graphdef(model), state.param_dict(model)
+
+    @jax.jit
+    def through(params, images):
+        model = nnx.merge(graphdef, params)
+        z = model.encode(inputs.to_float(images))
+        return reconstruction.to_uint8(model.decode(z))
+
+    return lambda images: np.asarray(through(params, images))

@@ -30,7 +30,9 @@ MAX_PICTURE_CLASSES = 10
 
 def design(config: ConfigDict) -> programs.Design:
     """Describes the run by shapes."""
-    tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
+    tx, schedule = optimizers.make_optimizer(
+        config.optimizer, config.num_steps, config.get("guard")
+    )
     make = make_model(config)
     step = state.make_step(
         state.abstract_model(make),
@@ -165,7 +167,7 @@ def make_generate(
 def _make_evaluate(config: ConfigDict, workdir: Path, mesh: Mesh):
     if config.decoder == "none":
         return None
-    decoder = autoencoder.load(frozen.resolve(config.decoder, workdir))
+    decoder = autoencoder.find(config.decoder, workdir)
     decoder_params = sharding.place(decoder.params, mesh)
     images_of = make_generate(config, decoder, config.sampling.guidance_scale)
     classes = min(config.model.num_classes, MAX_PICTURE_CLASSES)
