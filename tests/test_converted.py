@@ -1,5 +1,7 @@
 """Weights of runs exported, and sampling and reconstructing with converted weights."""
 
+import json
+
 import chain
 import jax
 import jax.numpy as jnp
@@ -237,6 +239,25 @@ def test_reconstructions(converted, tmp_path, capsys):
         np.testing.assert_array_equal(found[2:18, 2:18], pixels[i])
         right = found[2:18, 20:36].astype(int)
         assert np.abs(right - expected[i]).max() <= 1
+
+
+def test_evaluation(tmp_path, capsys):
+    """The same scores as of the reconstructions made by hand."""
+    sizes = networks.DECODER | dict(patch_size=8)
+    parts = RAE | dict(decoder=networks.network("RAEDecoder", sizes))
+    model = random(rae.RAE, **parts)
+    model.save_pretrained(tmp_path / "rae")
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    argv = ["evaluate", tmp_path / "rae", "--out", tmp_path / "scores.json"]
+    assert "--images" in fails(capsys, *argv)
+    assert run(*argv, "--images", tmp_path / "images.npz", "--batch-size", 2) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    z = networks.encode(model, jnp.asarray(images, jnp.float32) / 255)
+    recon = reconstruction.to_uint8(networks.decode(model, z))
+    psnr = reconstruction.image_scores(jnp.asarray(images), recon)["psnr"]
+    np.testing.assert_allclose(found["psnr"], psnr.mean(), atol=1e-3)  # dB
+    assert {"ssim", "lpips_vgg", "lpips_alex"} <= found.keys()
 
 
 def test_networks_that_do_not_go_together(converted, tmp_path, capsys):

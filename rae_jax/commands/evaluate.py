@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -18,13 +19,17 @@ RESULT_NAME = "evaluation.json"
 ROBUSTNESS_NAME = "robustness"
 LATENTS_NAME = "latents"
 _BATCH_SIZE = 32
+DECODER = {"trainer": "rae_decoder"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     add = parser.add_argument
-    what = "folder of any run; or images: a folder, or an .npz with arr_0 (uint8)"
-    add("target", type=Path, metavar="WORKDIR|IMAGES", help=what)
+    what = (
+        "folder of any run; or images: a folder, or an .npz with arr_0 (uint8); or, "
+        "with --images, an autoencoder: converted weights or a published name"
+    )
+    add("target", type=Path, metavar="WORKDIR|IMAGES|RAE", help=what)
     add("--batch-size", type=int, metavar="N", help="never changes the scores")
     add("--limit", type=int, metavar="N", help="number of images; default: all")
     add("--seed", type=int, default=0, help="of samples and noise, default 0")
@@ -75,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes the scores as JSON."""
     from rae_jax.training import checkpoints
 
+    if _is_autoencoder(args):
+        return _autoencoder(args)
     is_run = (args.target / checkpoints.CONFIG_NAME).is_file()
     if not is_run and _is_images(args):
         return _images(args)
@@ -122,6 +129,31 @@ def _run_scores(
         scale=args.guidance_scale,
     )
     return found, ()
+
+
+def _is_autoencoder(args: argparse.Namespace) -> bool:
+    """Returns whether the target is an autoencoder outside of a run."""
+    from rae_jax.trainers import autoencoder
+
+    is_images = args.target.suffix == ".npz"
+    return not is_images and autoencoder.is_converted(str(args.target), args.target)
+
+
+def _autoencoder(args: argparse.Namespace) -> int:
+    """Measures converted weights, which have no workdir to write into."""
+    if args.images is None and args.latents is None:
+        raise configs.ConfigError(
+            f"{args.target} has no validation split of its own: give --images."
+        )
+    if args.out is None:
+        raise configs.ConfigError("Give --out OUT.json, where the scores go.")
+    if args.robustness:
+        return _robustness(args)
+    if args.latents is not None:
+        return _latents(args)
+    with _progress() as progress:
+        scores, notes = _run_scores(args, ConfigDict(DECODER), progress)
+    return _report(args.out, scores, notes)
 
 
 def _images(args: argparse.Namespace) -> int:

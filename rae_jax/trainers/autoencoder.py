@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from rae_jax import blocks
 from rae_jax import config as configs
 from rae_jax.convert import published
 from rae_jax.evaluation import reconstruction
@@ -22,13 +23,13 @@ class Autoencoder:
     """Encoder and decoder as static parts and plain parameters.
 
     Attributes:
-        config: Config of the run; None for converted weights.
+        config: Config of the run; of converted weights what is known of it.
         encoder_def: Static part of the encoder.
         decoder_def: Static part of the decoder.
         params: {"encoder", "decoder"}, an argument of every jitted function.
     """
 
-    config: ConfigDict | None
+    config: ConfigDict
     encoder_def: nnx.GraphDef
     decoder_def: nnx.GraphDef
     params: state.Params
@@ -79,23 +80,34 @@ def find(source: str, workdir: Path) -> Autoencoder:
         ConfigError, CheckpointError: See `load`.
         FileNotFoundError, ValueError: See `RAE.from_pretrained`.
     """
-    if source in published.AUTOENCODERS or source in published.DIFFUSERS:
-        return from_model(rae.RAE.from_pretrained(source))
     path = frozen.resolve(source, workdir)
-    settings = pretrained.read_config(path)
-    if path.is_file() or (settings and "trainer" not in settings):
-        return from_model(rae.RAE.from_pretrained(path))
+    if is_converted(source, path):
+        return from_model(rae.RAE.from_pretrained(path if path.exists() else source))
     return load(path)
+
+
+def is_converted(source: str, path: Path) -> bool:
+    """Returns whether a name or its path is an autoencoder outside of a run."""
+    if path.exists():
+        settings = pretrained.read_config(path)
+        return path.is_file() or bool(settings and "trainer" not in settings)
+    return source in published.AUTOENCODERS or source in published.DIFFUSERS
 
 
 def from_model(model: rae.RAE) -> Autoencoder:
     """Takes encoder and decoder out of an autoencoder, whose statistics stay behind."""
+    sizes = ("patch_size", "hidden_size")
+    config = ConfigDict()
+    config.data = blocks.data(image_size=image_size(model), batch_size=32)
+    config.encoder = dict(sizes={name: getattr(model.encoder, name) for name in sizes})
+    config.encoder.sizes.image_size = model.encoder.input_size
+    config.loss = dict(perceptual="vgg")
     encoder_def, decoder_def = nnx.graphdef(model.encoder), nnx.graphdef(model.decoder)
     params = {
         "encoder": state.param_dict(model.encoder),
         "decoder": state.param_dict(model.decoder),
     }
-    return Autoencoder(None, encoder_def, decoder_def, params)
+    return Autoencoder(config, encoder_def, decoder_def, params)
 
 
 def make_reconstruct(loaded: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:

@@ -62,7 +62,7 @@ class _Run:
     def __init__(self, workdir: Path, options: Options):
         self.options = options
         self.mesh = options.mesh or sharding.make_mesh(-1)
-        self.loaded = autoencoder.load(Path(workdir).absolute())
+        self.loaded = autoencoder.find(str(workdir), Path())
         self.params = sharding.place(self.loaded.params, self.mesh)
         self.data = self.loaded.config.data.copy_and_resolve_references()
         asked = options.batch_size or self.data.batch_size
@@ -122,7 +122,7 @@ def decoder_scores(workdir: Path, options: Options = Options()) -> quality.Resul
     unless the judges name another.
 
     Args:
-        workdir: Folder of a `rae_decoder` run.
+        workdir: Folder of a `rae_decoder` run, or what `autoencoder.find` takes.
         options: See `Options`.
     """
     run = _Run(workdir, options)
@@ -145,7 +145,7 @@ def robustness_curves(
     """Returns scores of reconstructions from latents with noise of growing strength.
 
     Args:
-        workdir: Folder of a `rae_decoder` run.
+        workdir: Folder of a `rae_decoder` run, or what `autoencoder.find` takes.
         sigmas: Deviations of the noise, in units of raw latents, as the tau of the
             decoder's training.
         seed: With the index of an image, determines its noise.
@@ -189,7 +189,7 @@ def latent_scores(
     latents, which is not told by their reconstructions.
 
     Args:
-        workdir: Folder of a `rae_decoder` run.
+        workdir: Folder of a `rae_decoder` run, or what `autoencoder.find` takes.
         latents: An .npz with the array "latents" or "arr_0" (n, h, w, c); if it has
             "mean" and "var" (h, w, c), too, latents were normalised by them.
         stats: Statistics that latents were normalised by: a workdir of
