@@ -119,8 +119,13 @@ def get_config(variant: str = "xl_256") -> ConfigDict:
     )
     c.ema_decay = 0.9995
     c.sampling = dict(
-        num_points=50,
-        final_zero=False,
+        name="euler",  # Another of diffusion.samplers.SAMPLERS.
+        num_points=50,  # Of the official grid, which ends before t = 0 ...
+        final_zero=False,  # ... unless a last step is added.
+        times=(),  # A grid of its own instead, as the network sees times.
+        options="",  # Of the sampler, such as "period=2" or "rtol=1e-4, atol=1e-6".
+        guidance="cfg",  # autoguidance: by a weaker model of the same latents,
+        guide="",  # the workdir of its run, or converted weights.
         guidance_scale=1.0,
         guidance_interval=(0.0, 1.0),
     )

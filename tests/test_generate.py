@@ -10,7 +10,7 @@ import pytest
 
 from rae_jax import config as configs
 from rae_jax.evaluation import generate
-from rae_jax.trainers import frozen, generation, latent_diffusion
+from rae_jax.trainers import frozen, generation, latent_diffusion, scores
 from rae_jax.training import sharding
 
 LABELS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
@@ -112,12 +112,12 @@ def test_images_do_not_depend_on_batches_or_devices(generator):
     assert np.abs(other.astype(int) - expected.astype(int)).mean() > 1
 
 
-def latents_of(generator, scale, keep=(), count=4, config=None):
-    config = config or generator.config
-    p = jax.device_get(generator.params)
-    sample = latent_diffusion.make_sample(config, scale, keep)
+def latents_of(generator, scale, keep=(), count=4):
+    """Normalised latents and states."""
     index = np.arange(count, dtype=np.int32)
-    return sample(p["dit"], p["stats"], 7, index, LABELS[:count])
+    params = jax.device_get(generator.params)
+    drawn = generator.draw(scale, keep)(params, 7, index, LABELS[:count])
+    return drawn.x, drawn.states
 
 
 def test_latents_do_not_depend_on_batches(generator):
@@ -135,10 +135,36 @@ def test_guidance_of_one_is_none(generator):
     far, _ = latents_of(generator, 3.0)
     assert np.abs(far - plain).max() > 0.01 * largest
     # An interval that holds no time of the grid switches guidance off.
-    config = generator.config.copy_and_resolve_references()
-    config.sampling.guidance_interval = (0.4, 0.45)
-    outside, _ = latents_of(generator, 3.0, config=config)
+    plan = dataclasses.replace(generator.plan, interval=(0.4, 0.45))
+    outside, _ = latents_of(dataclasses.replace(generator, plan=plan), 3.0)
     np.testing.assert_allclose(outside, plain, atol=1e-4 * largest)
+
+
+def test_runs_may_name_a_guide(runs, generator):
+    """By its own path from the workdir; a network that guides itself is unguided."""
+    block = dict(guidance="autoguidance", guide="../latent_diffusion")
+    loaded = generation.load(runs / "latent_diffusion", **block)
+    guide = sharding.place(generator.params["dit"], loaded.mesh)
+    params = loaded.params | {"dit": guide, "guide": guide}
+    itself = dataclasses.replace(loaded, params=params)
+    plain, _ = latents_of(itself, 1.0)
+    guided, _ = latents_of(itself, 3.0)
+    np.testing.assert_allclose(guided, plain, atol=1e-5 * np.abs(plain).max())
+    params = params | {"guide": loaded.params["dit"]}
+    other, _ = latents_of(dataclasses.replace(itself, params=params), 3.0)
+    assert np.abs(other - plain).max() > 0.01 * np.abs(plain).max()
+
+
+def test_pictures_while_training(runs):
+    """Of the EMA weights, as the finished run makes them."""
+    workdir = runs / "latent_diffusion"
+    found = scores.run_scores(workdir)
+    loaded = generation.load(workdir)
+    labels = np.repeat(np.arange(10), latent_diffusion.PICTURES_PER_CLASS)
+    options = dict(scale=1.0, seed=loaded.config.seed, batch_size=8)
+    images = np.concatenate(list(loaded.images(labels, **options)))
+    assert found["sample_std"] == pytest.approx(images.std() / 255, rel=0.01)
+    assert (workdir / "samples.png").is_file()
 
 
 def test_states_lead_from_noise_to_the_sample(generator):
@@ -146,11 +172,8 @@ def test_states_lead_from_noise_to_the_sample(generator):
     z, states = latents_of(generator, 1.5, keep=(0, 2, last))
     assert states.shape == (3, 4, 4, 4, 32)
     np.testing.assert_array_equal(states[-1], z)
-    stats = jax.device_get(generator.params["stats"])
-    scale = np.sqrt(stats["var"][None] + 1e-5)
-    noise = (np.asarray(states[0]) - stats["mean"][None]) / scale
     eps = generate.sample_noise(7, jnp.arange(4), (4, 4, 32))
-    np.testing.assert_allclose(noise, eps, atol=1e-3)
+    np.testing.assert_array_equal(states[0], eps)
 
     decoded = generator.states(LABELS[:4], (0, last), scale=1.5, seed=7)
     assert decoded.shape == (2, 4, 32, 32, 3)

@@ -1,20 +1,23 @@
 """`rae-jax sample`: images from a trained diffusion model."""
 
 import argparse
-import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
 
 from rae_jax import config as configs
 
 HELP = "Generate images with a latent_diffusion run, or with converted weights."
 EXAMPLES = """\
   rae-jax sample runs/dit_dh --out samples.png
+  rae-jax sample runs/dit_dh --guidance-scale 1,1.5,2 --sampler heun --out scale.png
   rae-jax sample --model dit-dh-xl-256 --autoencoder rae-dinov2-b \\
       --labels 207,360 --num-samples 8 --out samples.png
   rae-jax sample --model dit-dh-xl-256 --autoencoder rae-dinov2-b \\
@@ -22,6 +25,9 @@ EXAMPLES = """\
 
 SRC is a file or folder of any layout (see rae-jax convert), a hub id, a name of a
 published model, or the workdir of a run.
+
+The same command continues an .npz or a folder where it was interrupted. Its images are
+a function of the seed and their numbers: neither batch size nor devices change them.
 """
 
 
@@ -31,60 +37,149 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     add = parser.add_argument
     add("workdir", type=Path, nargs="?", help="folder of a latent_diffusion run")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        help="a picture (.png: one grid), an array (.npz: arr_0, labels) or a folder",
-    )
+    out = "a picture (.png: one grid), an array (.npz: arr_0, labels) or a folder"
+    add("--out", type=Path, required=True, help=out)
+    latents = "also write the normalised latents, for rae-jax evaluate --latents"
+    add("--latents", type=Path, metavar="OUT.npz", help=latents)
     add("--num-samples", type=int, default=64, help="default 64")
     add("--batch-size", type=int, default=32, help="default 32")
     add("--seed", type=int, default=0, help="default 0")
-    add(
-        "--labels",
-        help="class names or numbers, separated by commas; default: all, balanced",
+    labels = (
+        "classes by number, or by name where the run's data has names (those of "
+        "ImageNet do not travel with this package), separated by commas; default: all"
     )
-    add("--guidance-scale", type=float, help="1 for none; default: the config's, or 1")
-    add("--guidance-interval", help="times LOW,HIGH; default: the config's, or 0,1")
-    add("--num-points", type=int, help="of the grid; default: the config's, or 50")
+    add("--labels", help=labels)
+    mode = "equal numbers of each class, or each sample's at random; default balanced"
+    add("--label-mode", choices=("balanced", "random"), default="balanced", help=mode)
     add("--decoder", help="workdir of a rae_decoder run, if not the config's")
+    _add_sampling(parser)
     group = parser.add_argument_group("instead of a workdir")
     add = partial(group.add_argument, metavar="SRC")
     add("--model", help="diffusion transformer")
     add("--autoencoder", help="autoencoder of its latents")
-    add("--guide", help="weaker diffusion transformer, for autoguidance")
     add("--latent-stats", help="statistics in place of the autoencoder's")
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of products; default float32"
     )
 
 
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "sampling (default: the config's, else the official)"
+    ).add_argument
+    add("--sampler", metavar="NAME", help="such as euler, heun, dopri5, euler_maruyama")
+    option = "option of the sampler, such as rtol=1e-4; may be repeated"
+    add("--sampler-option", action="append", metavar="KEY=VALUE", help=option)
+    add("--num-points", type=int, help="of the official grid; default 50")
+    zero = "whether to add a last step to t = 0"
+    add("--final-zero", action=argparse.BooleanOptionalAction, help=zero)
+    scale = "1 for none; several give one output each, with the scale in its name"
+    add("--guidance-scale", metavar="S[,S...]", help=scale)
+    add("--guidance-interval", metavar="LOW,HIGH", help="times at which guidance acts")
+    add("--guide", metavar="SRC", help="weaker diffusion transformer: autoguidance")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Generates, shows progress and writes `--out`."""
+    """Generates, shows progress and writes `--out`, for every guidance scale."""
     if args.num_samples < 1 or args.batch_size < 1:
         raise ValueError("--num-samples and --batch-size must be at least 1.")
-    generator, names, scale = load(args)
-    labels = choose_labels(args.labels, names, args.num_samples, args.seed)
-    scale = scale if args.guidance_scale is None else args.guidance_scale
-    batches = generator.images(
-        labels, scale=scale, seed=args.seed, batch_size=args.batch_size
+    scales = parse_scales(args.guidance_scale)
+    generator, names, usual = load(args)
+    labels = choose_labels(
+        args.labels, names, args.num_samples, args.seed, args.label_mode
     )
-    parts = []
-    with Progress() as bar:
-        task = bar.add_task("sampling", total=len(labels))
-        for part in batches:
-            parts.append(part)
-            bar.advance(task, len(part))
-    images = np.concatenate(parts)
-    save(args.out, images, labels)
-    print(f"{len(images)} images: {args.out}")
+    for scale in scales or (usual,):
+        settings = {
+            "dtype": args.dtype or "",
+            "seed": args.seed,
+            "num_samples": args.num_samples,
+            "labels": args.labels or "all",
+            "label_mode": args.label_mode,
+            "guidance_scale": scale,
+        }
+        _sample(args, generator, labels, settings, named=len(scales) > 1)
     return 0
+
+
+def _sample(
+    args: argparse.Namespace,
+    generator: Any,
+    labels: np.ndarray,
+    settings: dict[str, Any],
+    *,
+    named: bool,
+) -> None:
+    """Makes and writes what is missing of one output."""
+    from rae_jax.evaluation import writing
+
+    scale, out, latents = settings["guidance_scale"], args.out, args.latents
+    if named:
+        out, latents = with_scale(out, scale), latents and with_scale(latents, scale)
+    if latents or out.suffix != ".png":  # What can be continued.
+        settings = settings | generator.describe()
+    outputs = [writing.open_images(out, labels, settings)]
+    if latents:
+        stats = generator.stats
+        outputs.append(writing.open_latents(latents, labels, stats, settings))
+    missing = np.unique(np.concatenate([output.missing() for output in outputs]))
+    batches = generator.batches(
+        labels,
+        scale=scale,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        index=missing,
+        latents=len(outputs) > 1,
+    )
+    with _progress(len(labels), len(labels) - len(missing)) as advance:
+        for drawn in batches:
+            for output, rows in zip(
+                outputs, (drawn.images, drawn.latents), strict=False
+            ):
+                output.add(drawn.index, rows)
+            speed = advance(len(drawn.index))
+    for output in outputs:
+        output.finish()
+    found = len(labels) - len(missing)
+    notes = [f"{found} were there"] if found else []
+    notes += [speed] if len(missing) else []
+    print(f"{len(labels)} images: {out} ({', '.join(notes)})")
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    """Shows a bar; yields a function (count) -> "3.2 images/s".
+
+    The rate leaves out the first batch, which compiles, unless there is no other.
+    """
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("{task.fields[speed]}"), TimeLeft()) as bar:
+        task = bar.add_task("", total=total, completed=done, speed="")
+        start, counted, batches = time.monotonic(), 0, 0
+
+        def advance(count: int) -> str:
+            nonlocal start, counted, batches
+            batches, counted = batches + 1, counted + count
+            now = time.monotonic()
+            speed = f"{counted / max(now - start, 1e-9):.2f} images/s"
+            if batches == 1:
+                start, counted = now, 0
+            bar.update(task, advance=count, speed=speed)
+            return speed
+
+        yield advance
+
+
+def with_scale(path: Path, scale: float) -> Path:
+    """Returns the path with a guidance scale in its name: a.npz -> a_1.5.npz."""
+    if path.suffix in (".png", ".npz"):
+        return path.with_name(f"{path.stem}_{scale:g}{path.suffix}")
+    return path.with_name(f"{path.name}_{scale:g}")
 
 
 def load(
     args: argparse.Namespace,
 ) -> tuple[Any, tuple[str, ...], float]:
-    """Returns the generator, the names of its classes and its usual guidance scale.
+    """Returns the chain, the names of its classes and its usual guidance scale.
 
     Raises:
         ConfigError: Arguments are missing or do not go together.
@@ -92,11 +187,11 @@ def load(
     from rae_jax.trainers import generation, inputs
 
     check_arguments(args)
-    sampling = {"num_points": args.num_points}
-    sampling["guidance_interval"] = parse_interval(args.guidance_interval)
-    sampling = {k: v for k, v in sampling.items() if v is not None}
+    changes = sampling_changes(args)
     if args.workdir is not None:
-        generator = generation.load(args.workdir, args.decoder or "", **sampling)
+        if args.guide:
+            changes |= dict(guidance="autoguidance", guide=_guide(args.guide))
+        generator = generation.load(args.workdir, args.decoder or "", **changes)
         names = inputs.class_names(generator.config.data, generator.num_classes)
         return generator, names, generator.config.sampling.guidance_scale
     generator = generation.load_converted(
@@ -105,14 +200,35 @@ def load(
         guide=args.guide,
         latent_stats=args.latent_stats,
         dtype=args.dtype or "float32",
-        **sampling,
+        **changes,
     )
     return generator, tuple(map(str, range(generator.num_classes))), 1.0
 
 
+def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the arguments change in a config's `sampling` block."""
+    changes = dict(
+        name=args.sampler,
+        num_points=args.num_points,
+        final_zero=args.final_zero,
+        guidance_interval=parse_interval(args.guidance_interval),
+    )
+    if args.sampler or args.sampler_option:
+        changes["options"] = ", ".join(args.sampler_option or ())
+    if args.num_points is not None or args.final_zero is not None:
+        changes["times"] = ()  # These are of the official grid.
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def _guide(source: str) -> str:
+    """Names a file by its whole path: a config's would count from the workdir."""
+    path = Path(source)
+    return str(path.absolute()) if path.exists() else source
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises a ConfigError where arguments are missing or contradict each other."""
-    converted = ("model", "autoencoder", "guide", "latent_stats", "dtype")
+    converted = ("model", "autoencoder", "latent_stats", "dtype")
     given = [f"--{n.replace('_', '-')}" for n in converted if getattr(args, n)]
     if args.workdir is not None and given:
         raise configs.ConfigError(
@@ -131,6 +247,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
+def parse_scales(text: str | None) -> tuple[float, ...]:
+    """Turns S,S,... into scales; a ConfigError if it is not that."""
+    if text is None:
+        return ()
+    try:
+        scales = tuple(map(float, text.split(",")))
+    except ValueError:
+        scales = ()
+    names = {f"{scale:g}" for scale in scales}  # As in `with_scale`.
+    if not scales or not np.isfinite(scales).all() or len(names) < len(scales):
+        raise configs.ConfigError(
+            f"--guidance-scale {text!r}: give one number or several different ones, "
+            "such as 1,1.5,2."
+        )
+    return scales
+
+
 def parse_interval(text: str | None) -> tuple[float, float] | None:
     """Turns LOW,HIGH into two times; a ConfigError if it is not that."""
     if text is None:
@@ -145,40 +278,34 @@ def parse_interval(text: str | None) -> tuple[float, float] | None:
 
 
 def choose_labels(
-    text: str | None, names: tuple[str, ...], count: int, seed: int
+    text: str | None, names: Sequence[str], count: int, seed: int, mode: str
 ) -> np.ndarray:
-    """Returns `count` labels: balanced over all classes, or over the named ones.
+    """Returns `count` labels of all classes or of the named ones.
+
+    Args:
+        text: Names and numbers, separated by commas; None for all.
+        names: Names of the classes.
+        count: Number of labels.
+        seed: Of their order, and of the choice if it is random.
+        mode: "balanced" takes named classes in turn, all in random order; "random"
+            chooses anew for every sample.
 
     Raises:
         ConfigError: For a class that is neither a name nor a number of one.
     """
     from rae_jax.evaluation import generate
 
-    if text is None:
+    if text is None and mode == "balanced":
         return generate.balanced_labels(count, len(names), seed)
     chosen = []
-    for word in (part.strip() for part in text.split(",")):
+    for word in (part.strip() for part in text.split(",")) if text else ():
         if word in names:
             chosen.append(names.index(word))
         elif word.isdigit() and int(word) < len(names):
             chosen.append(int(word))
         else:
             raise configs.ConfigError(configs.suggest(word, names, "class"))
-    return np.resize(np.asarray(chosen, np.int32), count)
-
-
-def save(out: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes images as one picture, as an .npz for evaluators, or one file each."""
-    from rae_jax.evaluation import pictures
-
-    if out.suffix == ".png":
-        pictures.save_grid(out, images, columns=max(1, round(len(images) ** 0.5)))
-    elif out.suffix == ".npz":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(out, arr_0=images, labels=labels)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(out / f"{i:06d}.png")
-        classes = {f"{i:06d}.png": int(y) for i, y in enumerate(labels)}
-        configs.write_atomically(out / "labels.json", json.dumps(classes).encode())
+    classes = np.asarray(chosen if text else range(len(names)), np.int32)
+    if mode == "random":
+        return classes[generate.random_labels(count, len(classes), seed)]
+    return np.resize(classes, count)

@@ -5,8 +5,6 @@ Of a run with what its config names, or of converted and published weights.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,103 +14,63 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.diffusion import guidance, samplers, schedules
-from rae_jax.evaluation import generate
-from rae_jax.evaluation import reconstruction as scores
-from rae_jax.models import dit, dit_dh
-from rae_jax.trainers import autoencoder, frozen, latent_diffusion, weights
+from rae_jax.diffusion import schedules
+from rae_jax.models import rae, rae_layouts
+from rae_jax.trainers import (
+    autoencoder,
+    chains,
+    frozen,
+    latent_diffusion,
+    latent_network,
+    sampling,
+    weights,
+)
 from rae_jax.training import checkpoints, sharding, state
 
 
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """Parameters of the whole chain from noise to image, on the devices of a mesh.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Generator(chains.Chain):
+    """The chain of a run.
 
     Attributes:
-        config: Config of the diffusion run.
-        params: {"dit", "stats", "decoder"}.
+        config: Config of the diffusion run, its `sampling` block complete.
         decoder: The autoencoder whose decoder is used.
-        mesh: Devices that share the batch.
-        compiled: Samplers by guidance scale, shared with `untrained`.
     """
 
     config: ConfigDict
-    params: dict[str, state.Params]
     decoder: autoencoder.Autoencoder
-    mesh: jax.sharding.Mesh
-    compiled: dict[float, Callable[..., jax.Array]] = dataclasses.field(
-        default_factory=dict
-    )
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes that the network was built for."""
-        return self.config.model.num_classes
 
     def untrained(self) -> "Generator":
         """Returns the same chain with a freshly initialised network."""
-        make = latent_diffusion.make_model(self.config)
+        make = latent_network.make_model(self.config)
         params = jax.jit(
             lambda: state.param_dict(make(rngs=nnx.Rngs(self.config.seed)))
         )()
         placed = sharding.place(params, self.mesh)
         return dataclasses.replace(self, params=self.params | {"dit": placed})
 
-    def images(
-        self, labels: np.ndarray, *, scale: float, seed: int, batch_size: int
-    ) -> Iterator[np.ndarray]:
-        """Yields uint8 images (b, h, w, 3) of the labels, in order.
 
-        Args:
-            labels: Classes (n,).
-            scale: Classifier-free guidance scale; 1 for none.
-            seed: With the index of a sample, determines its noise.
-            batch_size: Samples at a time; it does not change the images.
-        """
-        if scale not in self.compiled:
-            self.compiled[scale] = latent_diffusion.make_generate(
-                self.config, self.decoder, scale
-            )
-
-        def sample(index, y):
-            p = self.params
-            images = self.compiled[scale](
-                p["dit"], p["stats"], p["decoder"], seed, index, y
-            )
-            return scores.to_uint8(images)
-
-        rows = sharding.batch_sharding(self.mesh)
-        yield from generate.generate(sample, labels, batch_size, rows)
-
-    def states(
-        self, labels: np.ndarray, keep: tuple[int, ...], *, scale: float, seed: int
-    ) -> np.ndarray:
-        """Returns decoded states (len(keep), n, h, w, 3) on the way from noise."""
-        sample = latent_diffusion.make_sample(self.config, scale, keep)
-        index = np.arange(len(labels), dtype=np.int32)
-        p = self.params
-        _, states = sample(p["dit"], p["stats"], seed, index, labels.astype(np.int32))
-        decode = jax.jit(self.decoder.decode)
-        return np.stack([np.asarray(decode(p["decoder"], z)) for z in states])
-
-
-def load(workdir: Path, decoder: str = "", **sampling: Any) -> Generator:
+def load(workdir: Path, decoder: str = "", **changes: Any) -> Generator:
     """Loads the EMA network of a diffusion run and what its config names.
 
     Args:
         workdir: Folder of a `latent_diffusion` run.
         decoder: Workdir of a decoder run; that of the config if empty.
-        **sampling: Values in place of those in `config.sampling`.
+        **changes: Values in place of those in `config.sampling`.
 
     Raises:
         ConfigError: If the folder holds no such run, or no decoder is known.
+        FileNotFoundError, ValueError: The guide is missing or does not fit.
     """
     config = configs.read_config(workdir / checkpoints.CONFIG_NAME)
     if config.trainer != "latent_diffusion":
         raise configs.ConfigError(
             f"{workdir} holds a run of {config.trainer!r}, not of 'latent_diffusion'."
         )
-    config.sampling.update(sampling)
+    complete = sampling.complete(config.sampling, **changes)
+    with config.unlocked():
+        config.sampling = complete
+    sampling.plan_of(config)  # What it cannot do is an error before networks load.
     decoder = decoder or config.decoder
     if decoder == "none":
         raise configs.ConfigError(
@@ -120,66 +78,12 @@ def load(workdir: Path, decoder: str = "", **sampling: Any) -> Generator:
         )
     mesh = sharding.make_mesh(-1)
     loaded = autoencoder.find(decoder, workdir)
-    params = {
-        "dit": checkpoints.load_params(workdir),
-        "stats": frozen.load_stats(config.latent_stats, config.encoder.sizes, workdir),
-        "decoder": loaded.params,
-    }
-    return Generator(config, sharding.place(params, mesh), loaded, mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvertedGenerator:
-    """Networks of any origin as a chain from noise to image, on a mesh.
-
-    Attributes:
-        graphs: Static parts: "model", "autoencoder" and, for autoguidance, "guide".
-        params: Their parameters.
-        latent_shape: Shape (h, w, c) of a latent.
-        num_classes: Number of classes; this label means none.
-        times: Decreasing grid of times.
-        interval: Times at which guidance acts.
-        mesh: Devices that share the batch.
-    """
-
-    graphs: dict[str, nnx.GraphDef]
-    params: dict[str, state.Params]
-    latent_shape: tuple[int, int, int]
-    num_classes: int
-    times: np.ndarray
-    interval: guidance.Interval
-    mesh: jax.sharding.Mesh
-
-    def images(
-        self, labels: np.ndarray, *, scale: float, seed: int, batch_size: int
-    ) -> Iterator[np.ndarray]:
-        """Yields uint8 images (b, h, w, 3) of the labels, in order.
-
-        Args:
-            labels: Classes (n,).
-            scale: Of autoguidance if there is a guide, else of classifier-free
-                guidance; 1 for none.
-            seed: With the index of a sample, determines its noise.
-            batch_size: Samples at a time; it does not change the images.
-        """
-        compiled = jax.jit(partial(self._sample, scale, seed))
-        rows = sharding.batch_sharding(self.mesh)
-        yield from generate.generate(
-            partial(compiled, self.params), labels, batch_size, rows
-        )
-
-    def _sample(self, scale, seed, params, index, labels):
-        networks = {n: nnx.merge(g, params[n]) for n, g in self.graphs.items()}
-        velocity, guide = networks["model"], networks.get("guide")
-        if guide is not None:
-            velocity = guidance.autoguidance(velocity, guide, scale, self.interval)
-        else:
-            velocity = guidance.classifier_free(
-                velocity, scale, self.num_classes, self.interval
-            )
-        eps = generate.sample_noise(seed, index, self.latent_shape)
-        z = samplers.sample_euler(velocity, eps, labels, self.times)
-        return scores.to_uint8(networks["autoencoder"].decode(z))
+    stats = frozen.load_stats(config.latent_stats, config.encoder.sizes, workdir)
+    chain = latent_diffusion.make_chain(config, workdir, loaded, stats, mesh)
+    dit = sharding.place(checkpoints.load_params(workdir), mesh)
+    fields = {f.name: getattr(chain, f.name) for f in dataclasses.fields(chain)}
+    fields["params"] = chain.params | {"dit": dit}
+    return Generator(**fields, config=config, decoder=loaded)
 
 
 def load_converted(
@@ -188,11 +92,9 @@ def load_converted(
     *,
     guide: str | None = None,
     latent_stats: str | None = None,
-    num_points: int = 50,
-    final_zero: bool = False,
-    guidance_interval: guidance.Interval = (0.0, 1.0),
     dtype: str = "float32",
-) -> ConvertedGenerator:
+    **changes: Any,
+) -> chains.Chain:
     """Loads networks from files, the hub or runs; defaults are the official ones.
 
     Args:
@@ -200,57 +102,63 @@ def load_converted(
         autoencoder: Autoencoder of its latents; likewise.
         guide: Weaker diffusion transformer of the same latents, for autoguidance.
         latent_stats: File of statistics in place of the autoencoder's.
-        num_points: See `samplers.euler_times`; times are shifted by the latents'
-            dimension.
-        final_zero: Likewise.
-        guidance_interval: Times at which guidance acts.
         dtype: Type of the products.
+        **changes: Values in place of those in `sampling.DEFAULTS`; times are shifted
+            by the latents' dimension.
 
     Raises:
-        ValueError: The networks are for other latents or classes.
+        FileNotFoundError: Something is missing; the message says how to get it.
+        ValueError: The networks are for other latents or classes, or cannot be
+            sampled from in this way.
     """
-    options = dict(dtype=dtype, remat="none")
-    networks = {
-        "autoencoder": weights.load_autoencoder(autoencoder, latent_stats, **options)
-    }
-    shape = tuple(networks["autoencoder"].latent_mean.shape)
-    classes = {}
-    for name, source in {"model": model, "guide": guide}.items():
-        if source is not None:
-            networks[name] = _load_diffusion(source, shape, options)
-            classes[name] = networks[name].num_classes
-    if len(set(classes.values())) > 1:
-        raise ValueError(
-            f"{model} has {classes['model']} classes and {guide} {classes['guide']}."
-        )
-    shift = schedules.dimension_shift(math.prod(shape))
-    mesh = sharding.make_mesh(-1)
+    if guide is not None:
+        changes |= dict(guidance=sampling.AUTOGUIDANCE, guide=guide)
+    block = sampling.complete({}, **changes)
+    decoder = weights.load_autoencoder(
+        autoencoder, latent_stats, dtype=dtype, remat="none"
+    )
+    shape = tuple(decoder.latent_mean.shape)
+    networks = {"dit": sampling.load_network(model, shape, dtype=dtype)}
+    classes = networks["dit"].num_classes
+    if block.guide:
+        networks["guide"] = sampling.load_network(block.guide, shape, dtype=dtype)
+        sampling.check_classes(networks["guide"], block.guide, classes)
+    decoder_def = nnx.graphdef(decoder)
+
+    def decode(params, z):
+        return nnx.merge(decoder_def, params["autoencoder"]).decode(z)
+
     params = {name: state.param_dict(network) for name, network in networks.items()}
-    return ConvertedGenerator(
-        {name: nnx.graphdef(network) for name, network in networks.items()},
-        sharding.place(params, mesh),
-        shape,
-        classes["model"],
-        samplers.euler_times(num_points, shift, final_zero=final_zero),
-        guidance_interval,
-        mesh,
+    params["autoencoder"] = state.param_dict(decoder)
+    mesh = sharding.make_mesh(-1)
+    return chains.Chain(
+        plan=sampling.make_plan(
+            block,
+            shift=schedules.dimension_shift(math.prod(shape)),
+            network=type(networks["dit"]),
+            num_classes=classes,
+        ),
+        graphs={name: nnx.graphdef(network) for name, network in networks.items()},
+        decode=decode,
+        params=sharding.place(params, mesh),
+        stats=statistics(decoder),
+        mesh=mesh,
     )
 
 
-def _load_diffusion(
-    source: str, shape: tuple[int, int, int], options: dict[str, str]
-) -> dit.DiT | dit_dh.DiTDH:
-    """Loads a diffusion transformer for latents of a shape (h, w, c)."""
-    opened = weights.open_source(source)
-    if opened.kind not in latent_diffusion.NETWORKS:
-        raise ValueError(
-            f"{source} holds weights of the kind {opened.kind}, not of a diffusion "
-            "transformer."
-        )
-    size, channels = (opened.arguments[k] for k in ("input_size", "in_channels"))
-    if (size, size, channels) != shape:
-        raise ValueError(
-            f"{source} is for latents {(size, size, channels)}; those of the "
-            f"autoencoder are {shape}."
-        )
-    return weights.load(opened, **options)
+def statistics(model: rae.RAE) -> dict[str, np.ndarray]:
+    """Returns mean and variance with which `rae.denormalize` inverts `model.encode`.
+
+    It adds an epsilon to the variance, so that of other layouts is taken off.
+    """
+    mean = np.asarray(model.latent_mean[...])
+    if model.latent_var is not None:
+        var = np.asarray(model.latent_var[...])
+        if (model.eps, model.scaling_factor) == (rae_layouts.OFFICIAL_EPS, 1):
+            return {"mean": mean, "var": var}
+        spread = np.sqrt(var.astype(np.float64) + model.eps)
+    else:
+        spread = np.asarray(model.latent_std[...], np.float64)
+        spread = spread + model.eps
+    var = (spread / model.scaling_factor) ** 2 - rae_layouts.OFFICIAL_EPS
+    return {"mean": mean, "var": var.astype(np.float32)}

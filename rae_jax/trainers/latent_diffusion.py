@@ -1,10 +1,10 @@
 """Stage 2 of RAE: DiT-DH on the normalised latents of a frozen encoder.
 
 arXiv:2510.11690 section 4: flow matching with a dimension-dependent time shift, label
-dropout and EMA; samples by Euler's method on the official grid.
+dropout and EMA. How it is sampled from is said by the config's `sampling` block.
 """
 
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.diffusion import guidance, samplers, schedules
-from rae_jax.evaluation import generate, pictures
+from rae_jax.evaluation import pictures
 from rae_jax.layers import conditioning
 from rae_jax.losses import flow_matching
-from rae_jax.models import dit, dit_dh, rae
-from rae_jax.trainers import autoencoder, frozen, inputs
+from rae_jax.models import rae
+from rae_jax.trainers import (
+    autoencoder,
+    chains,
+    frozen,
+    inputs,
+    latent_network,
+    sampling,
+)
 from rae_jax.training import optimizers, programs, sharding, state
 
-NETWORKS = {"dit_dh": dit_dh.DiTDH, "dit": dit.DiT}
 PICTURES_PER_CLASS = 4
 MAX_PICTURE_CLASSES = 10
 
@@ -33,7 +38,8 @@ def design(config: ConfigDict) -> programs.Design:
     tx, schedule = optimizers.make_optimizer(
         config.optimizer, config.num_steps, config.get("guard")
     )
-    make = make_model(config)
+    sampling.plan_of(config)  # What cannot be sampled is an error before training.
+    make = latent_network.make_model(config)
     step = state.make_step(
         state.abstract_model(make),
         _make_loss(config),
@@ -52,18 +58,6 @@ def design(config: ConfigDict) -> programs.Design:
         batch=inputs.abstract_batch(config.data),
         num_steps=config.num_steps,
     )
-
-
-def make_model(config: ConfigDict) -> Callable[..., nnx.Module]:
-    """Returns the constructor of the diffusion transformer, called with `rngs`."""
-    if config.network not in NETWORKS:
-        raise ValueError(configs.suggest(config.network, list(NETWORKS), "network"))
-    h, _, c = frozen.latent_shape(config.encoder.sizes)
-
-    def make(rngs):
-        return NETWORKS[config.network](h, c, rngs=rngs, **config.model)
-
-    return make
 
 
 def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
@@ -85,19 +79,13 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
         design=run,
         frozen=sharding.place(networks, mesh),
         batches=lambda: inputs.train_batches(config.data, config.seed),
-        evaluate=_make_evaluate(config, workdir, mesh),
+        evaluate=_make_evaluate(config, workdir, networks["stats"], mesh),
     )
-
-
-def time_shift(config: ConfigDict) -> float:
-    """Returns the time shift of the config's latents."""
-    dim = int(np.prod(frozen.latent_shape(config.encoder.sizes)))
-    return schedules.dimension_shift(dim, config.flow.shift_base)
 
 
 def _make_loss(config: ConfigDict) -> state.LossFn:
     encoder_def, _ = frozen.encoder(config.encoder)
-    shift, null = time_shift(config), config.model.num_classes
+    shift, null = latent_network.time_shift(config), config.model.num_classes
     dropout = config.model.class_dropout_prob
 
     def loss_fn(model, networks, batch, key):
@@ -113,76 +101,56 @@ def _make_loss(config: ConfigDict) -> state.LossFn:
     return loss_fn
 
 
-def make_sample(
-    config: ConfigDict, scale: float, keep: tuple[int, ...] = ()
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns the compiled sampler of a config.
+def make_chain(
+    config: ConfigDict,
+    workdir: Path,
+    decoder: autoencoder.Autoencoder,
+    stats: dict[str, np.ndarray],
+    mesh: Mesh,
+) -> chains.Chain:
+    """Returns the chain from noise to image of a run, without its own parameters.
 
-    Args:
-        config: Config of the run.
-        scale: Classifier-free guidance scale; 1 for none.
-        keep: Indices of the grid whose states are returned too.
-
-    Returns:
-        A function (params, stats, seed, index (b,), labels (b,)) -> raw latents
-        (b, h, w, c) and states (len(keep), b, h, w, c) in raw latent units. `seed`
-        is static.
+    Raises:
+        FileNotFoundError, ValueError: The guide is missing or does not fit.
     """
-    graphdef = state.abstract_model(make_model(config))
-    sampling = config.sampling
-    times = samplers.euler_times(
-        sampling.num_points, time_shift(config), final_zero=sampling.final_zero
+    graphs = {"dit": state.abstract_model(latent_network.make_model(config))}
+    params = {"stats": stats, "decoder": decoder.params}
+    guide = sampling.load_guide(config, workdir)
+    if guide is not None:
+        graphs["guide"] = nnx.graphdef(guide)
+        params["guide"] = state.param_dict(guide)
+
+    def decode(params, z):
+        z = rae.denormalize(z, params["stats"])
+        return decoder.decode(params["decoder"], z)
+
+    return chains.Chain(
+        plan=sampling.plan_of(config),
+        graphs=graphs,
+        decode=decode,
+        params=sharding.place(params, mesh),
+        stats=stats,
+        mesh=mesh,
     )
-    shape = frozen.latent_shape(config.encoder.sizes)
-
-    def sample(params, stats, seed, index, labels):
-        velocity = guidance.classifier_free(
-            nnx.merge(graphdef, params),
-            scale,
-            config.model.num_classes,
-            sampling.guidance_interval,
-        )
-        eps = generate.sample_noise(seed, index, shape)
-        z, states = samplers.sample_euler_states(velocity, eps, labels, times, keep)
-        states = rae.denormalize(states.reshape(-1, *shape), stats)
-        return rae.denormalize(z, stats), states.reshape(len(keep), *z.shape)
-
-    return jax.jit(sample, static_argnums=2)
 
 
-def make_generate(
-    config: ConfigDict, decoder: autoencoder.Autoencoder, scale: float
-) -> Callable[..., jax.Array]:
-    """Returns (params, stats, decoder params, seed, index, labels) -> images [0, 1]."""
-    sample = make_sample(config, scale)
-    decode = jax.jit(decoder.decode)
-
-    def images(params, stats, decoder_params, seed, index, labels):
-        z, _ = sample(params, stats, seed, index, labels)
-        return decode(decoder_params, z)
-
-    return images
-
-
-def _make_evaluate(config: ConfigDict, workdir: Path, mesh: Mesh):
+def _make_evaluate(
+    config: ConfigDict, workdir: Path, stats: dict[str, np.ndarray], mesh: Mesh
+):
     if config.decoder == "none":
         return None
     decoder = autoencoder.find(config.decoder, workdir)
-    decoder_params = sharding.place(decoder.params, mesh)
-    images_of = make_generate(config, decoder, config.sampling.guidance_scale)
+    chain = make_chain(config, workdir, decoder, stats, mesh)
+    scale = sampling.complete(config.sampling).guidance_scale
     classes = min(config.model.num_classes, MAX_PICTURE_CLASSES)
     labels = np.repeat(np.arange(classes), PICTURES_PER_CLASS)
+    options = dict(scale=scale, seed=config.seed, batch_size=config.data.batch_size)
 
     def evaluate(run_state: Any, networks: Any, workdir: Path) -> dict[str, float]:
-        params, stats = run_state.ema_params, networks["stats"]
-
-        def sample(index, labels):
-            return images_of(params, stats, decoder_params, config.seed, index, labels)
-
-        rows = sharding.batch_sharding(mesh)
-        parts = generate.generate(sample, labels, config.data.batch_size, rows)
-        images = np.concatenate(list(parts))
+        params = chain.params | {"dit": run_state.ema_params}
+        current = dataclasses.replace(chain, params=params)
+        images = np.concatenate(list(current.images(labels, **options)))
         pictures.save_grid(workdir / "samples.png", images, PICTURES_PER_CLASS)
-        return {"sample_std": float(images.std())}
+        return {"sample_std": float(images.std()) / 255}
 
     return evaluate

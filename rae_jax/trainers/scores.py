@@ -186,8 +186,7 @@ def save_pictures(
     for name, file in (("samples", "samples"), ("guided", "samples_guided")):
         parts = [np.stack([images[name][i] for i in row.tolist()]) for row in shown]
         pictures.save_rows(folder / f"{file}.png", parts)
-    sampling = generator.config.sampling
-    points = sampling.num_points + sampling.final_zero
+    points = len(generator.plan.sampler.times)
     keep = tuple(np.linspace(0, points - 1, STRIP_POINTS).astype(int).tolist())
     chosen = np.arange(STRIP_ROWS) * generator.num_classes // STRIP_ROWS
     states = generator.states(chosen, keep, scale=scale, seed=seed)

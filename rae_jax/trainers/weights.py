@@ -24,7 +24,7 @@ from rae_jax.models import (
     rae_layouts,
     recording,
 )
-from rae_jax.trainers import frozen, latent_diffusion, rae_decoder
+from rae_jax.trainers import frozen, latent_network, rae_decoder
 from rae_jax.training import checkpoints, state
 
 LAYOUT = "checkpoint"
@@ -152,7 +152,7 @@ def _open_diffusion(
     config: ConfigDict, workdir: Path, part: str, overrides: Arguments
 ) -> conversion.Network:
     _check_overrides(overrides)
-    model = _abstract(latent_diffusion.make_model(config))
+    model = _abstract(latent_network.make_model(config))
     params = checkpoints.load_params(workdir, (PARTS[part],))
     return _network(type(model), model.arguments, params, workdir)
 
