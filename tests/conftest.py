@@ -1,9 +1,22 @@
-"""Eight simulated devices, full float32 products, and no silent broadcasting."""
+"""Eight simulated devices, full float32 products, and no silent broadcasting.
 
+Most of the time goes into compiling. So the compiler takes its quick ways, LLVM
+optimises only for the tests that are marked, and the processes of a session share what
+they compiled. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as for a user;
+JAX_COMPILATION_CACHE_DIR names a folder for programs that outlive the session.
+"""
+
+import fcntl
+import gc
 import os
+import shutil
+import tempfile
 
+# In the environment, where pytest-xdist's workers and the programs under test look.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
@@ -11,10 +24,50 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+OPTIMISE_LITTLE = "jax_disable_most_optimizations"
+OPTIMISED_MARKERS = {"parity", "optimised"}
+# A third of the compile time is left. XLA aborts over a flag that it does not know.
+QUICK_FLAG = "--xla_cpu_use_fusion_emitters=false"
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if QUICK and QUICK_FLAG not in FLAGS and jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {QUICK_FLAG}"
+
+
+def pytest_configure(config):
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # Workers inherit it.
+        folder = tempfile.mkdtemp(prefix="rae_jax_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def pytest_collection_finish():
+    """Lets tracing go on with fewer and shorter searches for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.hookimpl(tryfirst=True)  # Before the fixtures of the test.
+def pytest_runtest_setup(item):
+    little = not OPTIMISED_MARKERS & {marker.name for marker in item.iter_markers()}
+    if QUICK and jax.config.read(OPTIMISE_LITTLE) != little:
+        jax.config.update(OPTIMISE_LITTLE, little)
+        jax.clear_caches()  # What the test before has compiled is not for this one.
+
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """Folder of a trained chain of runs, see `chain`; tests at most evaluate it."""
     import chain
 
-    return chain.train(tmp_path_factory.mktemp("chain"))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # Common to all workers.
+    folder = base / "chain"
+    with (base / "chain.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # The first trains, the others wait for it.
+        if not folder.exists():
+            chain.train(base / "chain.part").rename(folder)
+    return folder

@@ -24,7 +24,7 @@ case "$1 ${2-}" in
   ;;
 "-m pip" | "-m ruff" | "-m pytest")
   [[ $3 == --version ]] || echo "${*:2}" >>"$CALLS"
-  [[ "${*:2}" != ${FAIL-nothing}* ]] || exit 3
+  [[ "${*:2}" != ${FAIL-nothing}* ]] || exit "${STATUS-3}"
   ;;
 esac
 """
@@ -33,6 +33,8 @@ DISGUISED_PYTHON = f"""#!/usr/bin/env bash
 exec '{sys.executable}' -c 'import sys; {{disguise}}; exec(sys.argv[1])' "$2"
 """
 DF = "#!/usr/bin/env bash\nprintf 'h\\nd 9 9 {free} 9 /\\n'\n"
+PYTEST = "pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal"
+PYTEST += " --durations=15"
 INSTALL = "pip install --constraint {root}/launch/constraints.txt"
 
 
@@ -220,15 +222,15 @@ def test_half_made_environment_is_replaced(clone, state):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "markers"),
+    ("arguments", "calls"),
     [
-        ([], "not parity and not slow"),
-        (["--slow"], "not parity"),
-        (["--parity"], "not slow"),
-        (["--slow", "--parity"], ""),
+        ([], ["not parity and not slow"]),
+        (["--slow"], ["not parity"]),
+        (["--parity"], ["not parity and not slow", "parity and not slow"]),
+        (["--slow", "--parity"], ["not parity", "parity"]),
     ],
 )
-def test_test_script_runs_every_check(clone, arguments, markers):
+def test_test_script_runs_every_check(clone, arguments, calls):
     result = clone.run("test.sh", *arguments, "--", "-k", "some words")
     assert result.returncode == 0, result.stderr
     install = INSTALL.format(root="ROOT")
@@ -239,7 +241,7 @@ def test_test_script_runs_every_check(clone, arguments, markers):
         f"{install} --editable ROOT[{extras}]",
         "ruff check .",
         "ruff format --check .",
-        f"pytest --durations=15 -m {markers} -k some words",
+        *(f"{PYTEST} -m {markers} -k some words" for markers in calls),
     ]
 
 
@@ -249,6 +251,22 @@ def test_test_script_runs_every_check(clone, arguments, markers):
 def test_test_script_fails_with_its_steps(clone, step, status):
     assert clone.run("test.sh", FAIL=step).returncode == status
     assert clone.calls()[-1].startswith(step)
+
+
+@pytest.mark.parametrize(
+    ("fail", "status", "expected"),
+    [
+        ("pytest", "3", 3),
+        (f"{PYTEST} -m not parity", "3", 3),
+        (f"{PYTEST} -m parity", "3", 3),
+        (f"{PYTEST} -m parity", "5", 0),  # No test has the name, as with -k.
+        ("pytest", "5", 5),
+    ],
+)
+def test_all_tests_run_though_some_fail(clone, fail, status, expected):
+    result = clone.run("test.sh", "--parity", FAIL=fail, STATUS=status)
+    assert result.returncode == expected
+    assert [call.split()[0] for call in clone.calls()[-2:]] == ["pytest", "pytest"]
 
 
 def test_unknown_test_argument_is_refused(clone):

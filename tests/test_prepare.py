@@ -205,14 +205,13 @@ raise SystemExit(prepare.run(parser.parse_args()))
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(folder), str(out), *words],
         cwd=ROOT,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(out.glob("*.array_record")):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(0.5)  # Its workers notice and end.
+    process.communicate(timeout=60)  # Until its workers, too, have noticed and ended.
     finished = {path: path.read_bytes() for path in out.glob("*.array_record")}
     assert finished and not (out / records.METADATA).exists()
     assert run(folder, out, *words[:-1], "1") == 0
