@@ -50,7 +50,9 @@ class Batches:
 
 def program(config: ConfigDict, *, poison: int = 0, evaluate=None) -> programs.Program:
     """Returns noisy linear regression onto fixed targets."""
-    tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
+    tx, schedule = optimizers.make_optimizer(
+        config.optimizer, config.num_steps, config.guard
+    )
 
     def make(rngs):
         return nnx.Linear(WIDTH, OUT, rngs=rngs)

@@ -6,6 +6,22 @@ import jax
 import jax.numpy as jnp
 
 
+def absolute_error(images: jax.Array, recon: jax.Array) -> jax.Array:
+    """Mean absolute error in float32.
+
+    Args:
+        images: Targets (b, h, w, 3) in [0, 1].
+        recon: Reconstructions of the same shape, not clipped.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if images.shape != recon.shape:
+        raise ValueError(f"Shapes differ: images {images.shape}, recon {recon.shape}.")
+    images, recon = images.astype(jnp.float32), recon.astype(jnp.float32)
+    return jnp.mean(jnp.abs(recon - images))
+
+
 def reconstruction_loss(
     images: jax.Array,
     recon: jax.Array,
@@ -24,10 +40,8 @@ def reconstruction_loss(
         The scalar loss and its parts, unweighted; `loss_lpips` is 0 without
         `perceptual`.
     """
-    if images.shape != recon.shape:
-        raise ValueError(f"Shapes differ: images {images.shape}, recon {recon.shape}.")
+    loss_rec = absolute_error(images, recon)
     images, recon = images.astype(jnp.float32), recon.astype(jnp.float32)
-    loss_rec = jnp.mean(jnp.abs(recon - images))
     loss_lpips = jnp.zeros((), jnp.float32)
     if perceptual is not None:
         loss_lpips = jnp.mean(perceptual(images, recon))

@@ -35,6 +35,11 @@ _LOSSES = {
     ),
     "latent_diffusion": ("Latent diffusion", {"loss": "loss"}),
 }
+_CRITIC = (
+    ("rae_decoder", "Critic: loss", {"loss_disc": "loss"}),
+    ("rae_decoder", "Critic: real patch ranked above", {"disc_accuracy": "share"}),
+    ("rae_decoder", "Weight that matches gradients", {"disc_weight": "weight"}),
+)
 _SCORES = (
     ("rae_decoder", "Reconstruction: PSNR (dB)", {"psnr": "PSNR"}),
     ("rae_decoder", "Reconstruction: SSIM", {"ssim": "SSIM"}),
@@ -195,13 +200,16 @@ def curves(run: folder.Quickstart) -> str:
         _chart(run, stage, title, names, size=_WIDE, smooth=True)
         for stage, (title, names) in _LOSSES.items()
     ]
-    scores = [
-        _chart(run, stage, title, names, size=_NARROW, smooth=False)
-        for stage, title, names in _SCORES
-    ]
-    body = _grid("Training loss", losses, "") + _grid(
-        "Held-out scores", scores, " three"
+    critic, scores = (
+        [
+            _chart(run, stage, title, names, size=_NARROW, smooth=False)
+            for stage, title, names in group
+        ]
+        for group in (_CRITIC, _SCORES)
     )
+    body = _grid("Training loss", losses, "")
+    body += _grid("The decoder's critic, 0 until it starts", critic, " three")
+    body += _grid("Held-out scores", scores, " three")
     return markup.section(
         "curves",
         "Training curves",

@@ -13,12 +13,24 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.models import encoders, ldae, metrics_nets, perceptual, tokenizers
+from rae_jax.convert import encoder_names, hub, stats_files
+from rae_jax.models import (
+    encoders,
+    ldae,
+    metrics_nets,
+    perceptual,
+    pretrained,
+    tokenizers,
+    vit_encoder,
+)
 from rae_jax.training import checkpoints, state
 
 RANDOM = "random"
 TOKENIZER_NAME = "tokenizer.npz"
-STATS_NAME = "latent_stats.npz"
+STATS_NAME = stats_files.OWN_NAME
+LDAE_SIZES = ("image_size", "patch_size", "latent_dim", "hidden_size", "depth")
+LDAE_SIZES += ("num_heads",)
+STATS_FILES = (STATS_NAME, stats_files.OFFICIAL_NAME)
 
 
 def abstract(
@@ -48,45 +60,109 @@ def resolve(path: str, workdir: Path) -> Path:
 def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:
     """Reads the weights of `config.encoder` for a run in `workdir`.
 
-    `weights` is the workdir of an l-DAE run, or "random" for an untrained encoder.
+    `weights` is "random" for an untrained encoder; for "ldae" the workdir of its run;
+    for the others a hub id, or a folder or file in the layout of Hugging Face or in
+    ours.
 
     Raises:
-        ConfigError: If `weights` is empty, or the run has other sizes.
+        ConfigError: If `weights` is empty, or the files have other sizes.
         CheckpointError: If the run has no checkpoint.
+        FileNotFoundError: If nothing is there; it says what to download and how.
+        ValueError: If tensors are missing, unexpected or wrongly shaped.
     """
     if not config.weights:
         raise configs.ConfigError(
-            "encoder.weights is empty. Give the workdir of a trained l-DAE, or "
+            "encoder.weights is empty. Give the workdir of a trained l-DAE, a hub id "
+            "or folder of a pretrained encoder, or "
             f"{RANDOM!r} if an untrained encoder is what you want."
         )
     if config.weights == RANDOM:
         sizes = config.sizes.to_dict()
         model = encoders.make_encoder(config.name, rngs=nnx.Rngs(0), **sizes)
         return state.param_dict(model)
-    return load_ldae(resolve(config.weights, workdir), config.sizes, config.ema)
+    path = resolve(config.weights, workdir)
+    if config.name == "ldae":
+        return load_ldae(path, config.sizes, config.ema)
+    return load_pretrained(config.name, path, config.sizes)
+
+
+def load_pretrained(name: str, source: Path, sizes: ConfigDict) -> state.Params:
+    """Reads a pretrained encoder, whose files must be of the same family and sizes."""
+    path = hub.locate(source, allow=pretrained.HUB_FILES)
+    given = {"name": name} | sizes.to_dict()
+    stored = vit_encoder.read_arguments(path)
+    wrong = encoder_names.differences(given, stored) if stored else []
+    if wrong:
+        raise configs.ConfigError(
+            f"config.encoder does not fit {path}: {'; '.join(wrong)}."
+        )
+    return state.param_dict(vit_encoder.ViTEncoder.from_pretrained(path, **given))
 
 
 def load_ldae(workdir: Path, sizes: ConfigDict, ema: bool) -> state.Params:
-    """Reads the encoder half of an l-DAE run, with its patch PCA."""
+    """Reads the encoder half of an l-DAE run with its patch PCA, or a converted one."""
+    if "class" in pretrained.read_config(workdir):
+        model = ldae.LDAEEncoder.from_pretrained(workdir)
+        _check_sizes(sizes, model.arguments, workdir, "the encoder")
+        return state.param_dict(model)
     run = configs.read_config(workdir / checkpoints.CONFIG_NAME)
     if run.trainer != "ldae":
         raise configs.ConfigError(
             f"{workdir} holds a run of {run.trainer!r}, not of 'ldae'."
         )
-    expected = ldae_sizes(run)
-    given = {k: v for k, v in sizes.to_dict().items() if k in expected}
-    wrong = [f"{k} = {given[k]}, the run has {expected[k]}" for k in given]
-    wrong = [w for k, w in zip(given, wrong, strict=True) if given[k] != expected[k]]
-    if wrong:
-        raise configs.ConfigError(
-            f"encoder.sizes do not fit the run in {workdir}: {'; '.join(wrong)}."
-        )
+    _check_sizes(sizes, ldae_sizes(run), workdir, "the run")
     params = checkpoints.load_params(workdir, ("ema_params" if ema else "params",))
     components = tokenizers.load_components(workdir / TOKENIZER_NAME)
     pca = tokenizers.make_pca(components, sizes.latent_dim)
     return ldae.encoder_params(
         params, pca.basis[: sizes.latent_dim], pca.mean, sizes.depth
     )
+
+
+def _check_sizes(
+    sizes: ConfigDict, stored: dict[str, Any], workdir: Path, where: str
+) -> None:
+    """Raises a ConfigError where sizes contradict those of stored weights."""
+    given = {k: v for k, v in sizes.to_dict().items() if k in LDAE_SIZES}
+    wrong = [
+        f"{k} = {v}, {where} has {stored[k]}"
+        for k, v in given.items()
+        if k in stored and stored[k] != v
+    ]
+    if wrong:
+        raise configs.ConfigError(
+            f"encoder.sizes do not fit {workdir}: {'; '.join(wrong)}."
+        )
+
+
+def backbone_name(config: ConfigDict) -> str:
+    """Returns which frozen network of a decoder run is its critic's backbone.
+
+    `gan.backbone.name` "encoder" stands for the run's own encoder.
+    """
+    return "encoder" if config.gan.backbone.name == "encoder" else "backbone"
+
+
+def backbone_block(config: ConfigDict) -> ConfigDict:
+    """Returns the block of a decoder config that describes the critic's backbone."""
+    own = backbone_name(config) == "encoder"
+    return config.encoder if own else config.gan.backbone
+
+
+def load_backbone(config: ConfigDict, workdir: Path) -> state.Params:
+    """Reads the weights of `config.gan.backbone` as `load_encoder` does.
+
+    Raises:
+        FileNotFoundError: If nothing is there; it says what else can be done.
+    """
+    try:
+        return load_encoder(config.gan.backbone, workdir)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}\nThese are the weights of the critic's backbone, gan.backbone. "
+            "Another one is the run's own encoder, gan.backbone.name=encoder with "
+            "gan.blocks to match; gan.weight=0 trains without a critic."
+        ) from error
 
 
 def ldae_sizes(run: ConfigDict) -> dict[str, int]:
@@ -124,9 +200,10 @@ def abstract_stats(sizes: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def load_stats(path: str, sizes: ConfigDict, workdir: Path) -> dict[str, np.ndarray]:
-    """Reads latent statistics: a workdir of `latent_stats`, or an .npz file.
+    """Reads latent statistics: a workdir of `latent_stats`, an .npz file or a stat.pt.
 
-    "none" means mean 0 and variance 1.
+    A stat.pt is in the official layout, where a mean of None is zero; it may lie on the
+    hub, "owner/name:path/in/it". "none" means mean 0 and variance 1.
 
     Raises:
         ConfigError: If the file is missing or has another shape.
@@ -134,18 +211,17 @@ def load_stats(path: str, sizes: ConfigDict, workdir: Path) -> dict[str, np.ndar
     shape = latent_shape(sizes)
     if path == "none":
         return {"mean": np.zeros(shape, np.float32), "var": np.ones(shape, np.float32)}
-    file = resolve(path, workdir)
-    file = file / STATS_NAME if file.is_dir() else file
-    if not file.is_file():
+    try:
+        file = hub.locate(resolve(path, workdir), allow=STATS_FILES)
+        stats = stats_files.read_stats(file).arrays()
+    except FileNotFoundError as error:
         raise configs.ConfigError(
-            f"latent_stats: {str(file)!r} does not exist. Make it with "
+            f"latent_stats: {path!r} does not exist: {error} Make it with "
             "rae-jax train --config configs/latent_stats.py, or set 'none'."
-        )
-    with np.load(file) as data:
-        stats = {name: data[name] for name in ("mean", "var")}
-    if stats["mean"].shape != shape:
+        ) from error
+    if stats["var"].shape != shape:
         raise configs.ConfigError(
-            f"latent_stats: {str(file)!r} has shape {stats['mean'].shape}, "
+            f"latent_stats: {path!r} has shape {stats['var'].shape}, "
             f"the encoder's latents have {shape}."
         )
     return stats

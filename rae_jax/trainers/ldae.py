@@ -29,7 +29,9 @@ PICTURE_COLUMNS = 10
 
 def design(config: ConfigDict) -> programs.Design:
     """Describes the run by shapes."""
-    tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
+    tx, schedule = optimizers.make_optimizer(
+        config.optimizer, config.num_steps, config.get("guard")
+    )
 
     def loss_fn(model, pca, batch, key):
         images = inputs.to_float(batch["image"])

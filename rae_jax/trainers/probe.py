@@ -50,7 +50,10 @@ def design(config: ConfigDict) -> programs.Design:
         raise configs.ConfigError(
             f"data.image_size = {sizes[0]}, but the encoder takes images of {sizes[1]}."
         )
-    tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
+    tx, schedule = optimizers.make_optimizer(
+        config.optimizer, config.num_steps, config.get("guard")
+    )
+    tx = optax.with_extra_args_support(tx)
     encoder_def, shapes = frozen.encoder(config.encoder)
     networks = {"encoder": shapes, "random": shapes}
     batch = inputs.abstract_batch(config.data)
@@ -84,11 +87,13 @@ def design(config: ConfigDict) -> programs.Design:
         grads, losses = jax.grad(loss_of, has_aux=True)(
             state.params, normed, batch["label"]
         )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        loss = sum(losses.values())
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         stats = optax.incremental_update(moments, state.stats, MOMENTUM)
         metrics = {f"loss_{n}": x for n, x in losses.items()}
         metrics |= {"loss": losses[config.features[0]], "lr": schedule(state.step)}
+        metrics |= optimizers.guard_metrics(opt_state)
         return ProbeState(state.step + 1, params, stats, opt_state), metrics
 
     return programs.Design(init, step, networks, batch, config.num_steps)

@@ -1,31 +1,65 @@
 """Stage 1 of RAE: a decoder for the latents of a frozen encoder.
 
-arXiv:2510.11690 section 3: L1 and LPIPS on images decoded from noised latents. The
-adversarial term acts on the same reconstruction and joins the loss in `_make_loss`.
+arXiv:2510.11690 section 3: L1 and LPIPS on images decoded from noised latents, and,
+unless `gan.weight` is 0, a critic (`adversarial`).
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rae_jax.data import loader
-from rae_jax.evaluation import pictures, reconstruction
+from rae_jax import config as configs
+from rae_jax.evaluation import reconstruction
 from rae_jax.losses import reconstruction as losses
 from rae_jax.models import decoder, rae
-from rae_jax.trainers import frozen, inputs
+from rae_jax.trainers import adversarial, frozen, inputs, online
 from rae_jax.training import optimizers, programs, sharding, state
-
-PICTURE_COLUMNS = 10
 
 
 def design(config: ConfigDict) -> programs.Design:
-    """Describes the run by shapes."""
-    tx, schedule = optimizers.make_optimizer(config.optimizer, config.num_steps)
+    """Describes the run by shapes.
+
+    Raises:
+        ConfigError: If sizes or starts do not fit together.
+    """
+    networks = {"encoder": frozen.encoder(config.encoder)[1]}
+    if config.loss.perceptual_weight:
+        networks["perceptual"] = frozen.lpips(config.loss.perceptual)[1]
+    if has_critic(config):
+        training = adversarial.AdversarialTraining(config, make_model(config))
+        init, step = training.init, training.step
+        if frozen.backbone_name(config) not in networks:
+            networks["backbone"] = frozen.encoder(config.gan.backbone)[1]
+    else:
+        init, step = _plain_training(config)
+    return programs.Design(
+        init=init,
+        step=step,
+        frozen=networks,
+        batch=inputs.abstract_batch(config.data),
+        num_steps=config.num_steps,
+    )
+
+
+def has_critic(config: ConfigDict) -> bool:
+    """Returns whether a decoder is trained with a critic; old runs have no block."""
+    return bool("gan" in config and config.gan.weight)
+
+
+def _plain_training(config: ConfigDict):
+    """Returns init and step without a critic."""
+    if config.loss.get("perceptual_start", 0):
+        raise configs.ConfigError(
+            "loss.perceptual_start needs a critic (gan.weight above 0); without one, "
+            "train with loss.perceptual_weight=0 first."
+        )
+    tx, schedule = optimizers.make_optimizer(
+        config.optimizer, config.num_steps, config.get("guard")
+    )
     make_decoder = make_model(config)
     step = state.make_step(
         state.abstract_model(make_decoder),
@@ -35,27 +69,31 @@ def design(config: ConfigDict) -> programs.Design:
         accumulate=config.optimizer.accumulate,
         schedule=schedule,
     )
-    networks = {"encoder": frozen.encoder(config.encoder)[1]}
-    if config.loss.perceptual_weight:
-        networks["perceptual"] = frozen.lpips(config.loss.perceptual)[1]
-    return programs.Design(
-        init=lambda key: state.create_state(make_decoder, tx, key),
-        step=step,
-        frozen=networks,
-        batch=inputs.abstract_batch(config.data),
-        num_steps=config.num_steps,
-    )
+    return lambda key: state.create_state(make_decoder, tx, key), step
 
 
 def make_model(config: ConfigDict) -> Callable[..., nnx.Module]:
-    """Returns the constructor of the decoder, called with `rngs`."""
+    """Returns the constructor of the decoder, called with `rngs`.
+
+    Its images have the size of the data's, which need not be the encoder's: 256
+    pixels in patches of 16 from the 16 x 16 tokens of an encoder of 224 pixels.
+
+    Raises:
+        ConfigError: If the tokens cannot tile an image of the data's size.
+    """
     h, w, c = frozen.latent_shape(config.encoder.sizes)
+    size = config.data.image_size
+    if size % h:
+        raise configs.ConfigError(
+            f"data.image_size = {size} is not a multiple of the encoder's {h} tokens "
+            f"per side; choose a multiple of {h}, or another encoder.sizes.image_size."
+        )
 
     def make(rngs):
         return decoder.RAEDecoder(
             in_channels=c,
             num_patches=h * w,
-            patch_size=config.data.image_size // h,
+            patch_size=size // h,
             rngs=rngs,
             **config.model,
         )
@@ -64,17 +102,19 @@ def make_model(config: ConfigDict) -> Callable[..., nnx.Module]:
 
 
 def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
-    """Loads encoder and LPIPS and assembles the run."""
+    """Loads encoder, LPIPS and the critic's backbone and assembles the run."""
     networks = {"encoder": frozen.load_encoder(config.encoder, workdir)}
     if config.loss.perceptual_weight:
         networks["perceptual"] = frozen.load_lpips(config.loss.perceptual)
     run = design(config)
+    if "backbone" in run.frozen:
+        networks["backbone"] = frozen.load_backbone(config, workdir)
     frozen.check_shapes("A frozen network", run.frozen, networks)
     return programs.Program(
         design=run,
         frozen=sharding.place(networks, mesh),
         batches=lambda: inputs.train_batches(config.data, config.seed),
-        evaluate=_make_evaluate(config, mesh),
+        evaluate=_make_evaluate(config, workdir, mesh),
     )
 
 
@@ -126,26 +166,6 @@ def make_scores(config: ConfigDict) -> Callable[..., dict[str, jax.Array]]:
     return scores
 
 
-def _make_evaluate(config: ConfigDict, mesh: Mesh):
-    reconstruct = make_reconstruct(config)
+def _make_evaluate(config: ConfigDict, workdir: Path, mesh: Mesh):
     score = make_scores(config) if config.loss.perceptual_weight else None
-    rows = sharding.batch_sharding(mesh)
-
-    def evaluate(run_state: Any, networks: Any, workdir: Path) -> dict[str, float]:
-        params, encoder = run_state.ema_params, networks["encoder"]
-        images = inputs.examples(config.data, "validation", PICTURE_COLUMNS)
-        recon = reconstruct(params, encoder, images)
-        pictures.save_rows(workdir / "reconstructions.png", [images, recon])
-        scores = reconstruction.ReconstructionScores()
-        with inputs.validation_batches(config.data) as batches:
-            for batch in batches:
-                images = loader.to_global(batch, rows)["image"]
-                recon = reconstruct(params, encoder, images)
-                if score is None:
-                    values = reconstruction.image_scores(images, recon)
-                else:
-                    values = score(networks["perceptual"], images, recon)
-                scores = scores.add(jax.device_get(values), batch["mask"])
-        return scores.means()
-
-    return evaluate
+    return online.make_evaluate(config, workdir, mesh, make_reconstruct(config), score)

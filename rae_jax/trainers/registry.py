@@ -36,10 +36,17 @@ def design(config: ConfigDict) -> programs.Design:
 
 
 def model_flops(config: ConfigDict) -> float:
-    """Counts the FLOPs of one step without the recomputation of rematerialising."""
-    if "model" in config and "remat" in config.model:
-        config = config.copy_and_resolve_references()
-        config.model.remat = "none"
+    """Counts the FLOPs of one step without the recomputation of rematerialising.
+
+    That of a decoder with a critic is counted as it is once both are trained.
+    """
+    config = config.copy_and_resolve_references()
+    blocks = [config.model] if "model" in config else []
+    if "gan" in config:
+        blocks.append(config.gan.backbone.sizes)
+    for block in blocks:
+        if "remat" in block:
+            block.remat = "none"
     return design(config).step_flops()
 
 

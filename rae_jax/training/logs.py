@@ -20,6 +20,9 @@ from rich.progress import (
 from rae_jax import config as configs
 
 METRICS_NAME = "metrics.jsonl"
+SKIPS_NAME = "skips_in_a_row"
+# Counts since the first step, beginnings of their names: the newest is logged.
+COUNTS = ("grad_spikes", "loss_spikes", "skipped_steps", SKIPS_NAME)
 
 
 class MetricsLog:
@@ -99,6 +102,7 @@ class Meter:
         self._flops_per_step = flops_per_step
         self._peak_flops = peak_flops
         self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
         self._count = 0
         self.restart_clock()
 
@@ -109,22 +113,27 @@ class Meter:
 
     def get_state(self) -> dict[str, Any]:
         """Returns what `summary` will average, for a checkpoint."""
-        return {"sums": self._sums, "count": self._count}
+        return {"sums": self._sums, "count": self._count, "counts": self._counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues an interval that a checkpoint cut in two."""
         self._sums, self._count = dict(state["sums"]), state["count"]
+        self._counts = dict(state.get("counts", {}))
 
     def add(self, metrics: dict[str, float]) -> None:
-        """Counts one finished step."""
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._count += 1
+        """Counts one finished step; means leave out one that is not finite."""
         self._timed += 1
+        self._counts = {k: v for k, v in metrics.items() if k.startswith(COUNTS)}
+        if not all(map(math.isfinite, metrics.values())):
+            return
+        for name, value in metrics.items():
+            if name not in self._counts:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
 
     def summary(self) -> dict[str, float]:
         """Returns the means since the last call, images per second and MFU."""
-        means = {k: v / self._count for k, v in self._sums.items()}
+        means = {k: v / self._count for k, v in self._sums.items()} | self._counts
         self._sums, self._count = {}, 0
         elapsed = time.perf_counter() - self._start
         if self._timed and elapsed > 0:
@@ -137,14 +146,29 @@ class Meter:
         return means
 
 
-def check_finite(step: int, metrics: dict[str, float]) -> None:
+def check_finite(step: int, metrics: dict[str, float], max_skips: int = 0) -> None:
     """Stops a run whose loss or gradient is no longer a number.
+
+    A step that a guard has left out may be one, unless it is one of too many.
+
+    Args:
+        step: Step of the metrics.
+        metrics: Scalars by name.
+        max_skips: Steps that may be left out in a row.
 
     Raises:
         FloatingPointError: Names the step and all metrics of it.
     """
+    skips = max((v for k, v in metrics.items() if k.startswith(SKIPS_NAME)), default=0)
+    if skips > max_skips:
+        raise FloatingPointError(
+            f"Step {step}: the guard has left out {skips:.0f} steps in a row, more "
+            f"than guard.max_skips = {max_skips}. The run stops; checkpoints hold the "
+            "parameters from before. Lower optimizer.peak_lr, set optimizer.clip_norm, "
+            "or raise guard.spike_factor if such gradients are usual here."
+        )
     bad = [k for k, v in metrics.items() if not math.isfinite(v)]
-    if bad:
+    if bad and not skips:
         values = ", ".join(f"{k} = {v:.4g}" for k, v in metrics.items())
         raise FloatingPointError(
             f"Step {step}: {', '.join(bad)} is not finite ({values}). The run stops; "

@@ -19,6 +19,7 @@ from rae_jax.training import (
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = {"num_steps", "every", "keep", "mesh", "fsdp", "data.num_workers"}
+MAY_CHANGE |= {"guard.max_skips", "evaluation", "sampling"}
 
 
 def run(
@@ -68,6 +69,7 @@ class _Run:
         self.mesh, self.title = mesh, title
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.key = jax.random.key(config.seed)
+        self.max_skips = config.guard.max_skips if "guard" in config else 0
         self.abstract = abstract_state(program.design, config, mesh)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         peak = flops.peak_flops(mesh.devices.flat[0]) * mesh.size
@@ -161,7 +163,7 @@ class _Run:
         if self.pending is not None:
             step, metrics = self.pending
             values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            logs.check_finite(step, values)
+            logs.check_finite(step, values, self.max_skips)
             self.meter.add(values)
             self.pending = None
 

@@ -1,8 +1,9 @@
-"""Optimisers and learning-rate schedules from `config.optimizer`."""
+"""Optimisers and learning-rate schedules from `config.optimizer`, and their guard."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
@@ -11,6 +12,8 @@ from rae_jax import config as configs
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "lars", "muon")
+GUARD_WINDOW = 100  # Steps that a guard's running means look back.
+GUARD_MIN_STEPS = 20  # Before as many no value is called a spike.
 
 
 def make_schedule(
@@ -54,13 +57,13 @@ def make_schedule(
 
 
 def make_optimizer(
-    config: ConfigDict, num_steps: int
+    config: ConfigDict, num_steps: int, guard: ConfigDict | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optax chain of `config.optimizer` and its schedule.
 
     Weight decay acts on matrices only. "muon" orthogonalises the updates of the
     blocks' kernels and leaves the rest to Nadam. `decay_end_step` 0 means the end of
-    the run.
+    the run. A `guard` that is switched on wraps the chain, see `guarded`.
 
     Raises:
         ValueError: For an unknown optimiser or schedule.
@@ -103,7 +106,107 @@ def make_optimizer(
         raise ValueError(configs.suggest(config.name, OPTIMIZERS, "optimizer"))
     if config.clip_norm > 0:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    if guard is not None and (guard.spike_factor or guard.skip):
+        tx = guarded(tx, guard)
     return tx, schedule
+
+
+class Watch(NamedTuple):
+    """Running mean of one positive quantity, and how often it leapt above it."""
+
+    count: jax.Array
+    mean: jax.Array
+    spikes: jax.Array
+
+
+class GuardState(NamedTuple):
+    """State of `guarded`: that of the optimiser within, and scalars."""
+
+    inner: optax.OptState
+    norm: Watch
+    loss: Watch
+    skipped: jax.Array
+    in_a_row: jax.Array
+
+
+def guarded(
+    tx: optax.GradientTransformation, config: ConfigDict
+) -> optax.GradientTransformationExtraArgs:
+    """Counts spikes of the gradient's norm and of the loss; can leave such steps out.
+
+    A spike is a value that is not finite, or more than `spike_factor` times its
+    running mean. Means take spikes in at that bound, so they follow a lasting change.
+    With `skip`, a spike of the gradient leaves parameters and the state within
+    untouched, its step counter included; spikes of the loss are only counted.
+
+    Args:
+        tx: Any optimiser. Its `update` then takes the positive loss as `value`.
+        config: Block with spike_factor, 0 for values that are not finite alone, and
+            skip.
+
+    Raises:
+        ValueError: For a factor that would call usual values spikes.
+    """
+    if config.spike_factor and config.spike_factor <= 1:
+        raise ValueError(
+            f"guard.spike_factor must be above 1, or 0, not {config.spike_factor}."
+        )
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params):
+        counters = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return GuardState(tx.init(params), _new_watch(), _new_watch(), *counters)
+
+    def update(grads, state, params=None, *, value=None, **extra):
+        norm, is_spike = _watch(state.norm, optax.tree.norm(grads), config.spike_factor)
+        loss = state.loss
+        if value is not None:
+            loss, _ = _watch(loss, value, config.spike_factor)
+        updates, inner = tx.update(grads, state.inner, params, value=value, **extra)
+        skip = is_spike & config.skip
+        updates = jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), updates)
+        inner = jax.tree.map(
+            lambda old, new: jnp.where(skip, old, new), state.inner, inner
+        )
+        in_a_row = jnp.where(skip, state.in_a_row + 1, 0)
+        return updates, GuardState(inner, norm, loss, state.skipped + skip, in_a_row)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def guard_metrics(opt_state: optax.OptState, suffix: str = "") -> dict[str, jax.Array]:
+    """Returns the counts of a guarded optimiser; nothing for any other."""
+    if not isinstance(opt_state, GuardState):
+        return {}
+    counts = {
+        "grad_spikes": opt_state.norm.spikes,
+        "loss_spikes": opt_state.loss.spikes,
+        "skipped_steps": opt_state.skipped,
+        "skips_in_a_row": opt_state.in_a_row,
+    }
+    return {k + suffix: v.astype(jnp.float32) for k, v in counts.items()}
+
+
+def num_updates(step: jax.Array, opt_state: optax.OptState) -> jax.Array:
+    """Returns how many of `step` steps changed parameters: where schedules are."""
+    return step - opt_state.skipped if isinstance(opt_state, GuardState) else step
+
+
+def _new_watch() -> Watch:
+    return Watch(*(jnp.zeros((), t) for t in (jnp.int32, jnp.float32, jnp.int32)))
+
+
+def _watch(watch: Watch, value: jax.Array, factor: float) -> tuple[Watch, jax.Array]:
+    """Returns the watch with one more value, and whether that is a spike."""
+    judges = (watch.count >= GUARD_MIN_STEPS) & (factor > 0)
+    limit = jnp.where(judges, factor * watch.mean, jnp.inf)
+    finite = jnp.isfinite(value)
+    is_spike = ~finite | (value > limit)
+    count = watch.count + finite
+    share = 1 / jnp.clip(count, 1, GUARD_WINDOW)
+    change = (jnp.minimum(value, limit) - watch.mean) * share
+    mean = watch.mean + jnp.where(finite, change, 0.0)
+    return Watch(count, mean, watch.spikes + is_spike), is_spike
 
 
 def matrices(params: Any) -> Any:

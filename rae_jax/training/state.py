@@ -1,7 +1,7 @@
 """What a run carries from step to step, and one gradient step on it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from rae_jax.training import optimizers
+
 Params = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[nnx.Module, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+GradFn = Callable[[Params, Batch, jax.Array], tuple[Params, Metrics]]
 
 
 @flax.struct.dataclass
@@ -25,13 +28,26 @@ class TrainState:
     opt_state: optax.OptState
 
     def apply_gradients(
-        self, grads: Params, tx: optax.GradientTransformation, ema_decay: float
-    ) -> "TrainState":
-        """Returns the state after one optimiser step and one EMA update."""
-        updates, opt_state = tx.update(grads, self.opt_state, self.params)
+        self,
+        grads: Params,
+        tx: optax.GradientTransformation,
+        ema_decay: float,
+        loss: jax.Array | None = None,
+    ) -> Self:
+        """Returns the state after one optimiser step and one EMA update.
+
+        `loss` is for optimisers that watch it, see `optimizers.guarded`.
+        """
+        tx = optax.with_extra_args_support(tx)
+        updates, opt_state = tx.update(grads, self.opt_state, self.params, value=loss)
         params = optax.apply_updates(self.params, updates)
         ema_params = update_ema(self.ema_params, params, ema_decay)
-        return TrainState(self.step + 1, params, ema_params, opt_state)
+        return self.replace(
+            step=self.step + 1,
+            params=params,
+            ema_params=ema_params,
+            opt_state=opt_state,
+        )
 
 
 def update_ema(ema_params: Params, params: Params, decay: float) -> Params:
@@ -94,10 +110,19 @@ def make_step(
         grads, metrics = gradients(loss_of, state.params, batch, key, accumulate)
         metrics["grad_norm"] = optax.tree.norm(grads)
         if schedule is not None:
-            metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
-        return state.apply_gradients(grads, tx, ema_decay), metrics
+            metrics["lr"] = learning_rate(schedule, state.step, state.opt_state)
+        state = state.apply_gradients(grads, tx, ema_decay, metrics.get("loss"))
+        return state, metrics | optimizers.guard_metrics(state.opt_state)
 
     return step
+
+
+def learning_rate(
+    schedule: optax.Schedule, step: jax.Array, opt_state: optax.OptState
+) -> jax.Array:
+    """Returns the rate of the next update, float32."""
+    rate = schedule(optimizers.num_updates(step, opt_state))
+    return jnp.asarray(rate, jnp.float32)
 
 
 def gradients(
@@ -109,22 +134,46 @@ def gradients(
 ) -> tuple[Params, Metrics]:
     """Returns mean gradients and metrics of a batch, taken in `accumulate` parts."""
     grad_fn = jax.grad(loss_of, has_aux=True)
+    return mean_of_parts(grad_fn, params, batch, key, accumulate)
+
+
+def mean_of_parts(
+    grad_fn: GradFn, params: Params, batch: Batch, key: jax.Array, accumulate: int
+) -> tuple[Params, Metrics]:
+    """Returns the mean of what `grad_fn` returns for `accumulate` parts of a batch.
+
+    Args:
+        grad_fn: Called as grad_fn(params, part, key), with a key for each part.
+        params: Parameters.
+        batch: Arrays with the batch first.
+        key: Randomness.
+        accumulate: Number of equal parts, one after the other.
+    """
     if accumulate == 1:
         return grad_fn(params, batch, key)
-
-    def split(x):
-        # Strided parts: each keeps an even share of every device's rows.
-        parts = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
-        return jnp.moveaxis(parts, 1, 0)
 
     def body(total, index_and_part):
         index, part = index_and_part
         new = grad_fn(params, part, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, new), None
 
-    parts = jax.tree.map(split, batch)
+    parts = jax.tree.map(lambda x: split_parts(x, accumulate), batch)
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(grad_fn, params, first, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate), parts))
     return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def split_parts(x: jax.Array, count: int) -> jax.Array:
+    """Splits (b, ...) into (count, b / count, ...).
+
+    Parts are strided: each keeps an even share of every device's rows.
+    """
+    parts = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+    return jnp.moveaxis(parts, 1, 0)
+
+
+def join_parts(parts: jax.Array) -> jax.Array:
+    """Inverts `split_parts`."""
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
