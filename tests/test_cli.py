@@ -11,6 +11,7 @@ from PIL import Image
 
 from rae_jax import main
 from rae_jax.data import images
+from rae_jax.evaluation import pictures
 
 SMOKE = f"{chain.ROOT / 'configs' / 'ldae.py'}:smoke"
 
@@ -188,18 +189,26 @@ def test_reconstructions_of_odd_images(capsys, runs, tmp_path):
     names = {path.name for path in out.iterdir()}
     assert names == {
         *("grey_png.png", "alpha_png.png", "wide_jpg.png", "tiny_png.png"),
-        "grey_bmp.png",
+        *("grey_bmp.png", "scores.json"),
     }
     text = capsys.readouterr().out
     assert text.count("PSNR") == 5 and "5 reconstructions" in text
-    pair = np.asarray(Image.open(out / "grey_png.png"))
-    assert pair.shape == (32 + 4, 2 * 32 + 6, 3)
-    shown = pair[2:34, 2:34]
+    row = np.asarray(Image.open(out / "grey_png.png"))
+    assert row.shape == (32 + 4, 3 * 32 + 8, 3)
+    shown, recon = row[2:34, 2:34], row[2:34, 36:68]
     assert (shown[..., 0] == shown[..., 1]).all() and shown.std() > 10
+    errors = pictures.error_map(shown[None], recon[None])[0]
+    np.testing.assert_array_equal(row[2:34, 70:102], errors)
+    scores = json.loads((out / "scores.json").read_text())
+    found = scores["images"][str(tmp_path / "in" / "grey.png")]
+    psnr = -10 * np.log10(np.mean((shown / 255.0 - recon / 255.0) ** 2))
+    assert abs(found["psnr"] - psnr) < 1e-3 and found["lpips_vgg"] > 0
+    assert len(scores["images"]) == 5 and scores["mean"].keys() == found.keys()
 
     wide = tmp_path / "in" / "wide.jpg"
     succeeds("reconstruct", wide, *options, "--out", tmp_path / "one")
-    assert [p.name for p in (tmp_path / "one").iterdir()] == ["wide_jpg.png"]
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {"wide_jpg.png", "scores.json"}
     alone = (tmp_path / "one" / "wide_jpg.png").read_bytes()
     assert alone == (out / "wide_jpg.png").read_bytes()
 

@@ -15,8 +15,11 @@ _SIGMA = 1.5
 def to_uint8(images: jax.Array) -> jax.Array:
     """Images in [0, 1] as uint8: clipped, times 255, truncated (not rounded).
 
-    The official RAE code saves its images so; rounding gives other scores.
+    The official RAE code saves its images so; rounding gives other scores. What is
+    uint8 already is returned as it is.
     """
+    if images.dtype == jnp.uint8:
+        return images
     return (jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
