@@ -95,7 +95,9 @@ def test_verbs_refuse_folders_that_are_no_runs(capsys, tmp_path, runs):
     Image.new("RGB", (32, 32)).save(image)
     options = ("--workdir", runs / "ldae", "--out", tmp_path)
     assert "not of 'rae_decoder'" in fails(capsys, "reconstruct", image, *options)
-    assert "is not the workdir of a run" in fails(capsys, "evaluate", tmp_path)
+    (tmp_path / "empty").mkdir()
+    text = fails(capsys, "evaluate", tmp_path / "empty")
+    assert "is not the workdir of a run" in text
     text = fails(capsys, "evaluate", runs / "latent_stats")
     assert "'latent_stats' have nothing to evaluate" in text
 

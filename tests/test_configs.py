@@ -63,6 +63,8 @@ def test_model_flops_leave_recomputation_out(variant):
     config, model, executed = load(variant), set(), {}
     for remat in ("none", "dots", "full"):
         config.model.remat = remat
+        if "gan" in config:
+            config.gan.backbone.sizes.remat = remat
         model.add(registry.model_flops(config))
         executed[remat] = registry.design(config).step_flops()
     assert model == {executed["none"]}

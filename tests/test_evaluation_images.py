@@ -1,6 +1,7 @@
 """`rae-jax evaluate` on samples and images, and the networks that judge them."""
 
 import json
+from types import SimpleNamespace
 
 import chain
 import image_sets
@@ -52,6 +53,7 @@ class FakeGenerator:
 
     def __init__(self, offset=0):
         self.config = chain.load("latent_diffusion")
+        self.plan = SimpleNamespace(sampler=SimpleNamespace(times=np.linspace(1, 0, 5)))
         self.offset = offset
 
     def untrained(self):

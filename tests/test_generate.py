@@ -173,7 +173,8 @@ def test_states_lead_from_noise_to_the_sample(generator):
     assert states.shape == (3, 4, 4, 4, 32)
     np.testing.assert_array_equal(states[-1], z)
     eps = generate.sample_noise(7, jnp.arange(4), (4, 4, 32))
-    np.testing.assert_array_equal(states[0], eps)
+    # Alone and inside a larger program, the inverse error function rounds differently.
+    np.testing.assert_allclose(states[0], eps, rtol=1e-6)
 
     decoded = generator.states(LABELS[:4], (0, last), scale=1.5, seed=7)
     assert decoded.shape == (2, 4, 32, 32, 3)

@@ -216,8 +216,9 @@ def load_stats(path: str, sizes: ConfigDict, workdir: Path) -> dict[str, np.ndar
         stats = stats_files.read_stats(file).arrays()
     except FileNotFoundError as error:
         raise configs.ConfigError(
-            f"latent_stats: {path!r} does not exist: {error} Make it with "
-            "rae-jax train --config configs/latent_stats.py, or set 'none'."
+            f"latent_stats: {path!r} does not exist. Make it with "
+            "rae-jax train --config configs/latent_stats.py, or set 'none'. "
+            f"({error})"
         ) from error
     if stats["var"].shape != shape:
         raise configs.ConfigError(
