@@ -113,7 +113,9 @@ class Meter:
 
     def get_state(self) -> dict[str, Any]:
         """Returns what `summary` will average, for a checkpoint."""
-        return {"sums": self._sums, "count": self._count, "counts": self._counts}
+        # Copies: the checkpoint is written while the next steps go on.
+        sums, counts = dict(self._sums), dict(self._counts)
+        return {"sums": sums, "count": self._count, "counts": counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues an interval that a checkpoint cut in two."""
