@@ -132,8 +132,8 @@ def open_run(
     if part not in PARTS:
         raise ValueError(configs.suggest(part, list(PARTS), "part of a run"))
     openers = {
-        "latent_diffusion": {config.get("network", ""): _open_diffusion},
-        "rae_decoder": {"decoder": _open_decoder, "autoencoder": _open_autoencoder},
+        "latent_diffusion": {config.get("network", ""): _open_trained},
+        "rae_decoder": {"decoder": _open_trained, "autoencoder": _open_autoencoder},
         "latent_stats": {kinds.STATS: _open_stats},
         "ldae": {"encoder": _open_ldae},
     }.get(config.trainer)
@@ -148,20 +148,14 @@ def open_run(
     return openers[kind](config, Path(workdir), part, dict(overrides))
 
 
-def _open_diffusion(
+def _open_trained(
     config: ConfigDict, workdir: Path, part: str, overrides: Arguments
 ) -> conversion.Network:
+    """Opens the network that a run has trained."""
     _check_overrides(overrides)
-    model = _abstract(latent_network.make_model(config))
-    params = checkpoints.load_params(workdir, (PARTS[part],))
-    return _network(type(model), model.arguments, params, workdir)
-
-
-def _open_decoder(
-    config: ConfigDict, workdir: Path, part: str, overrides: Arguments
-) -> conversion.Network:
-    _check_overrides(overrides)
-    model = _abstract(rae_decoder.make_model(config))
+    diffusion = config.trainer == "latent_diffusion"
+    make_model = (latent_network if diffusion else rae_decoder).make_model
+    model = _abstract(make_model(config))
     params = checkpoints.load_params(workdir, (PARTS[part],))
     return _network(type(model), model.arguments, params, workdir)
 
