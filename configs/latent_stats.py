@@ -18,13 +18,7 @@ VARIANTS = {
     "momentum": dict(
         mode="momentum", both_orientations=False, data=dict(flip=True, batch_size=256)
     ),
-    "dinov2_s": {},
-    "dinov2_b": {},
-    "dinov2_l": {},
-    "siglip2_b": {},
-    "mae_b": {},
-    "dinov3_l_k7": {},
-    "dinov3_l_k23": {},
+    **{name: {} for name in encoders.EXPERIMENTS},
     "dinov2_b_512": dict(data=dict(image_size=512)),
     "photos": dict(
         both_orientations=False,

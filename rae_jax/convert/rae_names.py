@@ -150,18 +150,6 @@ def autoencoder_table(
     )
 
 
-def from_official(
-    source: sources.TensorSource, statistics: Mapping[str, np.ndarray]
-) -> sources.TensorSource:
-    """Returns an official full stage-1 checkpoint in the common spelling.
-
-    Args:
-        source: The checkpoint.
-        statistics: `latent_mean` and `latent_var`, (h, w, c), which it lacks.
-    """
-    return with_added(common(source), statistics)
-
-
 def common(source: sources.TensorSource) -> sources.TensorSource:
     """Returns tensors under `encoder.` and `decoder.` with canonical encoder names.
 

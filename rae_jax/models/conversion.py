@@ -58,7 +58,7 @@ class Network(NamedTuple):
         """Number of parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def export(self, layout: str, **options: Any) -> pretrained.Export:
+    def export(self, layout: str, **options: Any) -> writers.Export:
         """Returns how a foreign layout is written.
 
         Raises:
@@ -120,7 +120,7 @@ class Network(NamedTuple):
         """
         if layout == pretrained.OWN_LAYOUT:
             ours = writers.cast(self.parameters, self.shapes, DTYPES[dtype])
-            pretrained.write_own(path, self.cls.__name__, self.arguments, ours)
+            writers.write_own(path, self.cls.__name__, self.arguments, ours)
             return
         export = self.export(layout, **options)
         if path.suffix in sources.WEIGHT_SUFFIXES:

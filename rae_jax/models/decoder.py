@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from rae_jax.convert import rae_names, sources, tables
 from rae_jax.layers import linear, norm, patches, positions, resize, stack
-from rae_jax.models import pretrained, vit
+from rae_jax.models import pretrained, vit, writers
 
 PRESETS = {
     "b": dict(hidden_size=768, depth=12, num_heads=12, intermediate_size=3072),
@@ -127,8 +127,8 @@ class RAEDecoder(pretrained.Pretrained, nnx.Module):
     @classmethod
     def export(
         cls, layout: str, arguments: pretrained.Arguments, ours: tables.Source
-    ) -> pretrained.Export:
-        return pretrained.Export(rae_names.decoder_table(**arguments), "model.pt")
+    ) -> writers.Export:
+        return writers.Export(rae_names.decoder_table(**arguments), "model.pt")
 
     def _resize(self, x: jax.Array) -> jax.Array:
         b, n, d = x.shape

@@ -24,7 +24,7 @@ from rae_jax.layers import (
     positions,
     stack,
 )
-from rae_jax.models import pretrained
+from rae_jax.models import pretrained, writers
 
 # From XXL on, the sizes of RAE's scaling study.
 PRESETS = {
@@ -244,8 +244,8 @@ class DiT(pretrained.Pretrained, nnx.Module):
     @classmethod
     def export(
         cls, layout: str, arguments: pretrained.Arguments, ours: tables.Source
-    ) -> pretrained.Export:
-        return pretrained.Export(dit_names.dit_table(**arguments), "model.pt")
+    ) -> writers.Export:
+        return writers.Export(dit_names.dit_table(**arguments), "model.pt")
 
 
 def make_norm(hidden_size: int, use_rmsnorm: bool, rngs: nnx.Rngs) -> nnx.Module:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from rae_jax.convert import dit_names, sources, tables
 from rae_jax.layers import conditioning, linear, patches, stack
-from rae_jax.models import dit, pretrained
+from rae_jax.models import dit, pretrained, writers
 
 # Two blocks as wide as a DiT-G, whatever the trunk.
 HEAD = dict(hidden_size=2048, depth=2, num_heads=16)
@@ -140,5 +140,5 @@ class DiTDH(pretrained.Pretrained, nnx.Module):
     @classmethod
     def export(
         cls, layout: str, arguments: pretrained.Arguments, ours: tables.Source
-    ) -> pretrained.Export:
-        return pretrained.Export(dit_names.dit_dh_table(**arguments), "model.pt")
+    ) -> writers.Export:
+        return writers.Export(dit_names.dit_dh_table(**arguments), "model.pt")

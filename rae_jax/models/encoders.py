@@ -101,6 +101,11 @@ PRESETS = {
 }
 
 
+# Presets that the experiment files have variants of, at 256 pixels.
+EXPERIMENTS = ("dinov2_s", "dinov2_b", "dinov2_l", "siglip2_b", "mae_b")
+EXPERIMENTS += ("dinov3_l_k7", "dinov3_l_k23")
+
+
 def make_encoder(name: str, *, rngs: nnx.Rngs, **sizes) -> nnx.Module:
     """Builds an encoder with random parameters.
 

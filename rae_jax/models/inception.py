@@ -18,7 +18,6 @@ IMAGE_SIZE = 299
 FEATURE_DIM = 2048
 NUM_CLASSES = 1008
 SPATIAL_CHANNELS = 7
-SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
 _NORM_EPS = 1e-3
 # The features are a measure: they must not depend on the device's default precision.

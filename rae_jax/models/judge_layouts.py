@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rae_jax.convert import critic_names, hub, rae_names, sources, tables
-from rae_jax.models import perceptual, pretrained
+from rae_jax.models import perceptual, pretrained, writers
 
 CRITIC_PART = "disc"  # Of an official stage-1 checkpoint.
 WEIGHTS_NAME = "model.pt"
@@ -38,9 +38,9 @@ def open_discriminator(
 
 def export_discriminator(
     layout: str, arguments: Arguments, ours: tables.Source
-) -> pretrained.Export:
+) -> writers.Export:
     """Describes the state dict of the official critic."""
-    return pretrained.Export(_critic_table(arguments), WEIGHTS_NAME)
+    return writers.Export(_critic_table(arguments), WEIGHTS_NAME)
 
 
 def open_lpips(
@@ -72,9 +72,9 @@ def open_lpips(
 
 def export_lpips(
     layout: str, arguments: Arguments, ours: tables.Source
-) -> pretrained.Export:
+) -> writers.Export:
     """Describes the file of the whole distance, as of the package lpips."""
-    return pretrained.Export(_lpips_table(arguments, "lpips"), WEIGHTS_NAME)
+    return writers.Export(_lpips_table(arguments, "lpips"), WEIGHTS_NAME)
 
 
 def open_inception(
@@ -87,9 +87,9 @@ def open_inception(
 
 def export_inception(
     layout: str, arguments: Arguments, ours: tables.Source
-) -> pretrained.Export:
+) -> writers.Export:
     """Describes the file that torch-fidelity and pytorch-fid load."""
-    return pretrained.Export(critic_names.inception_table(), WEIGHTS_NAME)
+    return writers.Export(critic_names.inception_table(), WEIGHTS_NAME)
 
 
 def _open_critic(path: Path, part: str | None) -> sources.TensorSource:

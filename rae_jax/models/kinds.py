@@ -22,6 +22,7 @@ from rae_jax.models import (
     pretrained,
     rae,
     vit_encoder,
+    writers,
 )
 
 OFFICIAL, DIFFUSERS, HUGGINGFACE = "official", "diffusers", "huggingface"
@@ -46,7 +47,7 @@ class Kind(NamedTuple):
     classes: tuple[type[nnx.Module], ...]
     layouts: tuple[str, ...]
     open: Callable[[Path, str | None, Arguments], pretrained.Weights]
-    export: Callable[..., pretrained.Export]
+    export: Callable[..., writers.Export]
 
 
 def _open_encoder(

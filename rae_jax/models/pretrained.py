@@ -8,7 +8,7 @@ read and written through tables of names; see `convert.tables`.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -21,16 +21,13 @@ from rae_jax import config as configs
 from rae_jax.convert import (
     hub,
     published,
-    safetensor_files,
     sources,
     tables,
-    torch_files,
 )
-from rae_jax.models import recording
+from rae_jax.models import recording, writers
 
 OWN_LAYOUT = "rae_jax"
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = writers.CONFIG_NAME
 HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth")
 
 Arguments = recording.Arguments
@@ -48,26 +45,6 @@ class Weights(NamedTuple):
     arguments: Arguments
     table: tables.Table
     source: tables.Source
-
-
-class Export(NamedTuple):
-    """How a network is written in a foreign layout.
-
-    Attributes:
-        table: Places of its parameters among the foreign tensors.
-        file: Name of the weight file, which decides its format: .pt or .safetensors.
-        rename: Maps a name of the table to that in the file; None leaves it out.
-        added: Tensors of the file that are neither parameters nor extras.
-        configs: Contents of JSON files beside it.
-        finish: Called with the folder at the end, to write what else belongs there.
-    """
-
-    table: tables.Table
-    file: str
-    rename: Callable[[str], str | None] = lambda name: name
-    added: Mapping[str, np.ndarray] = {}
-    configs: Mapping[str, Any] = {}
-    finish: Callable[[Path], None] = lambda folder: None
 
 
 class Carried:
@@ -166,7 +143,9 @@ class Pretrained:
         )
 
     @classmethod
-    def export(cls, layout: str, arguments: Arguments, ours: tables.Source) -> Export:
+    def export(
+        cls, layout: str, arguments: Arguments, ours: tables.Source
+    ) -> writers.Export:
         """Describes how a network is written in a foreign layout.
 
         Args:
@@ -194,12 +173,12 @@ class Pretrained:
         cls, folder = type(self), Path(folder)
         ours, shapes = parameters_of(self)
         if layout == OWN_LAYOUT:
-            write_own(folder, cls.__name__, self.arguments, ours)
+            writers.write_own(folder, cls.__name__, self.arguments, ours)
             return
         if layout not in cls.layouts:
             raise ValueError(configs.suggest(layout, list(cls.layouts), "layout"))
         description = cls.export(layout, self.arguments, ours, **options)
-        write_foreign(folder, description, ours, shapes)
+        writers.write_foreign(folder, description, ours, shapes)
 
 
 class Skeleton:
@@ -282,68 +261,6 @@ def carried_by(model: nnx.Module) -> dict[str, np.ndarray]:
                 found[f"{tables.EXTRA}{name}.{inner}"] = array
     own = getattr(model, "carried", None)
     return found | (own.arrays if own is not None else {})
-
-
-def write_own(
-    folder: Path, name: str, arguments: Arguments, ours: tables.Source
-) -> None:
-    """Writes a folder in our own layout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    items = ((key, ours.read(key)) for key in ours.shapes)
-    specs = {key: (shape, ours.dtypes[key]) for key, shape in ours.shapes.items()}
-    safetensor_files.write_safetensors(
-        folder / WEIGHTS_NAME, items, specs, metadata={"format": "np"}
-    )
-    write_json(folder / CONFIG_NAME, {"class": name, "arguments": arguments})
-
-
-def write_foreign(
-    folder: Path, export: Export, ours: tables.Source, shapes: tables.Shapes
-) -> None:
-    """Writes a network as an `Export` says."""
-    specs = _specs(export, ours, shapes)
-    specs |= {name: (x.shape, x.dtype) for name, x in export.added.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    items = _renamed(tables.to_foreign(export.table, ours, shapes), export)
-    if export.file.endswith(".pt"):
-        torch_files.write_pt(folder / export.file, items, specs)
-    else:
-        safetensor_files.write_safetensors(
-            folder / export.file, items, specs, metadata={"format": "pt"}
-        )
-    for name, content in export.configs.items():
-        write_json(folder / name, content)
-    export.finish(folder)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON as people read it."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _specs(
-    export: Export, ours: tables.Source, shapes: tables.Shapes
-) -> dict[str, tuple]:
-    """Returns shapes and types of what `tables.to_foreign` yields, under file names."""
-    dtypes = {e.name: e.make().dtype for e in export.table.extras if e.make}
-    stored = {e.name: tables.EXTRA + e.name for e in export.table.extras}
-    dtypes |= {k: ours.dtypes[v] for k, v in stored.items() if v in ours.shapes}
-    float32 = np.dtype(np.float32)
-    return {
-        export.rename(name): (shape, dtypes.get(name, float32))
-        for name, shape in tables.written(export.table, ours, shapes).items()
-        if export.rename(name) is not None
-    }
-
-
-def _renamed(
-    items: Iterable[tuple[str, np.ndarray]], export: Export
-) -> Iterator[tuple[str, np.ndarray]]:
-    for name, array in items:
-        name = export.rename(name)
-        if name is not None:
-            yield name, array
-    yield from export.added.items()
 
 
 def _from_own(

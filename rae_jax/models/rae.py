@@ -16,7 +16,7 @@ from rae_jax import config as configs
 from rae_jax.convert import diffusers_names, hub, published, rae_names, tables
 from rae_jax.layers import resize
 from rae_jax.models import decoder as decoders
-from rae_jax.models import pretrained, rae_layouts, recording, vit_encoder
+from rae_jax.models import pretrained, rae_layouts, recording, vit_encoder, writers
 
 NOISES = ("uniform", "half_normal")
 Stats = dict[str, jax.Array]
@@ -232,7 +232,7 @@ class RAE(pretrained.Pretrained, nnx.Module):
         arguments: pretrained.Arguments,
         ours: tables.Source,
         **options: Any,
-    ) -> pretrained.Export:
+    ) -> writers.Export:
         if layout == "official":
             return rae_layouts.export_official(arguments, ours, **options)
         return rae_layouts.export_diffusers(arguments, ours, **options)

@@ -15,7 +15,7 @@ from rae_jax.convert import (
     stats_files,
     tables,
 )
-from rae_jax.models import pretrained, recording
+from rae_jax.models import pretrained, recording, writers
 
 OFFICIAL_EPS = 1e-5
 STATS_FILES = ("*.pt", "*.npz")
@@ -97,7 +97,7 @@ def read_stats(
     return stats
 
 
-def export_official(arguments: Arguments, ours: tables.Source) -> pretrained.Export:
+def export_official(arguments: Arguments, ours: tables.Source) -> writers.Export:
     """Describes the official layout: `model.pt`, and `stat.pt` for its statistics.
 
     Raises:
@@ -109,7 +109,7 @@ def export_official(arguments: Arguments, ours: tables.Source) -> pretrained.Exp
             f"is {arguments['scaling_factor']}."
         )
     encoder = _checked_encoder(arguments, "official")
-    export = pretrained.Export(
+    export = writers.Export(
         _table(arguments), "model.pt", rename=rae_names.to_official(encoder["name"])
     )
     mean = ours.read("latent_mean")
@@ -131,7 +131,7 @@ def export_official(arguments: Arguments, ours: tables.Source) -> pretrained.Exp
 
 def export_diffusers(
     arguments: Arguments, ours: tables.Source, allow_fixed_table: bool = False
-) -> pretrained.Export:
+) -> writers.Export:
     """Describes the layout of diffusers' `AutoencoderRAE`.
 
     Args:
@@ -154,7 +154,7 @@ def export_diffusers(
         buffers,
         arguments["scaling_factor"],
     )
-    return pretrained.Export(
+    return writers.Export(
         _table(arguments),
         diffusers_names.WEIGHTS_NAME,
         rename=diffusers_names.to_diffusers(encoder["name"]),

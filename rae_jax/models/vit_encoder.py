@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from rae_jax.convert import encoder_configs, encoder_names, sources, tables
 from rae_jax.layers import attention, norm, patches, positions, resize, stack
-from rae_jax.models import pretrained, recording, vit
+from rae_jax.models import pretrained, recording, vit, writers
 
 RESIZES = {
     "bicubic": resize.resize_bicubic,
@@ -183,7 +183,7 @@ class ViTEncoder(pretrained.Pretrained, nnx.Module):
     @classmethod
     def export(
         cls, layout: str, arguments: pretrained.Arguments, ours: tables.Source
-    ) -> pretrained.Export:
+    ) -> writers.Export:
         """Describes a folder that the class of transformers loads.
 
         What transformers has no setting for (`normalize`, `layers`) is not in it.
@@ -191,9 +191,9 @@ class ViTEncoder(pretrained.Pretrained, nnx.Module):
         name = arguments["name"]
         config, preprocessor = encoder_configs.config_from_sizes(name, arguments)
         prefix = encoder_names.HUB_PREFIXES.get(name, "")
-        return pretrained.Export(
+        return writers.Export(
             encoder_names.table(**arguments),
-            pretrained.WEIGHTS_NAME,
+            writers.WEIGHTS_NAME,
             rename=lambda key: prefix + key,
             configs={
                 pretrained.CONFIG_NAME: config,

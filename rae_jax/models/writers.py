@@ -1,12 +1,38 @@
-"""Writing of networks in any type: values are checked, extras kept as they are."""
+"""Writing of networks in any layout and type: values are checked, extras kept."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from rae_jax import config as configs
 from rae_jax.convert import safetensor_files, sources, tables, torch_files
-from rae_jax.models import pretrained
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+_FLOAT32 = np.dtype(np.float32)
+
+
+class Export(NamedTuple):
+    """How a network is written in a foreign layout.
+
+    Attributes:
+        table: Places of its parameters among the foreign tensors.
+        file: Name of the weight file, which decides its format: .pt or .safetensors.
+        rename: Maps a name of the table to that in the file; None leaves it out.
+        added: Tensors of the file that are neither parameters nor extras.
+        configs: Contents of JSON files beside it.
+        finish: Called with the folder at the end, to write what else belongs there.
+    """
+
+    table: tables.Table
+    file: str
+    rename: Callable[[str], str | None] = lambda name: name
+    added: Mapping[str, np.ndarray] = {}
+    configs: Mapping[str, Any] = {}
+    finish: Callable[[Path], None] = lambda folder: None
 
 
 def cast(
@@ -38,14 +64,43 @@ def _finite(
     return result
 
 
+def write_own(
+    folder: Path, name: str, arguments: Mapping[str, Any], ours: tables.Source
+) -> None:
+    """Writes a folder in our own layout.
+
+    Args:
+        folder: Made if it does not exist.
+        name: Class of the network.
+        arguments: Its constructor arguments.
+        ours: Its parameters, and extras of a foreign file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    items = ((key, ours.read(key)) for key in ours.shapes)
+    specs = {key: (shape, ours.dtypes[key]) for key, shape in ours.shapes.items()}
+    safetensor_files.write_safetensors(
+        folder / WEIGHTS_NAME, items, specs, metadata={"format": "np"}
+    )
+    _write_json(folder / CONFIG_NAME, {"class": name, "arguments": arguments})
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    configs.write_atomically(path, text.encode())
+
+
 def write_foreign(
     folder: Path,
-    export: pretrained.Export,
+    export: Export,
     ours: sources.TensorSource,
     shapes: tables.Shapes,
-    dtype: np.dtype,
+    dtype: np.dtype = _FLOAT32,
 ) -> None:
-    """Writes a network as an `Export` says; extras keep their types."""
+    """Writes a network as an `Export` says; extras keep their types.
+
+    Raises:
+        ValueError: A value is not finite in `dtype`.
+    """
     types = _types(export.table, ours, dtype)
     specs = {}
     for name, shape in tables.written(export.table, ours, shapes).items():
@@ -61,7 +116,7 @@ def write_foreign(
     else:
         torch_files.write_pt(folder / export.file, items, specs)
     for name, content in export.configs.items():
-        pretrained.write_json(folder / name, content)
+        _write_json(folder / name, content)
     export.finish(folder)
 
 
@@ -81,7 +136,7 @@ def _types(
 
 def _renamed(
     items: Iterable[tuple[str, np.ndarray]],
-    export: pretrained.Export,
+    export: Export,
     types: Mapping[str, np.dtype],
     ours: sources.TensorSource,
 ) -> Iterator[tuple[str, np.ndarray]]:

@@ -167,8 +167,8 @@ def frechet_sentence(scores: dict[str, float | None]) -> str:
             f"untrained network ({markup.significant(ceiling)}) and real crops "
             f"({markup.significant(floor)})."
             if share > 0
-            else "The samples are no closer to real crops than those of the untrained "
-            "network: training has not worked (yet)."
+            else "By this distance the samples are no closer to real crops than those "
+            "of the untrained network; the pictures show what training changed."
         )
     if None not in (plain, guided):
         way = "lowers" if guided < plain else "does not lower"
