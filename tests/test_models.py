@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rae_jax.models import decoder, dit, dit_dh, vit
+from rae_jax.models import decoder, dit, dit_dh, dit_parts, vit
 
 TINY = dict(hidden_size=(24, 32), depth=(3, 2), num_heads=(2, 2), num_classes=10)
 TINY_DIT = dict(hidden_size=24, depth=3, num_heads=2, num_classes=10)
@@ -140,13 +140,17 @@ def test_new_network_returns_zero(make):
 def test_new_block_is_the_identity():
     x = randn(2, 5, 24)
     for c in (randn(2, 24, seed=1), randn(2, 5, 24, seed=1)):
-        out = compiled(lambda *args: dit.DiTBlock(24, 2, rngs=nnx.Rngs(0))(*args), x, c)
+        out = compiled(
+            lambda *args: dit_parts.DiTBlock(24, 2, rngs=nnx.Rngs(0))(*args), x, c
+        )
         np.testing.assert_array_equal(out, x)
 
 
 def test_block_takes_conditions_of_another_width():
     block = nnx.eval_shape(
-        lambda: dit.DiTBlock(24, 2, cond_size=6, use_swiglu=False, rngs=nnx.Rngs(0))
+        lambda: dit_parts.DiTBlock(
+            24, 2, cond_size=6, use_swiglu=False, rngs=nnx.Rngs(0)
+        )
     )
     assert block.modulation.kernel.shape == (6, 144)
     out = nnx.eval_shape(
@@ -191,7 +195,7 @@ def test_trunk_and_head_run_apart():
     def apart(params, x_t, t, y):
         model = nnx.merge(graphdef, params)
         s = model.trunk(x_t, t, y)
-        return s, model.head(x_t, s)
+        return s, model.head(x_t, s, t)
 
     s, out = apart(params, *inputs())
     assert s.shape == (2, 16, 24)
@@ -270,7 +274,7 @@ def test_remat_does_not_change_gradients(make):
         )
 
 
-@pytest.mark.parametrize("block", [dit.DiTBlock, vit.ViTBlock])
+@pytest.mark.parametrize("block", [dit_parts.DiTBlock, vit.ViTBlock])
 def test_blocks_are_traced_once_whatever_the_depth(monkeypatch, block):
     """Counts calls of the block's Python code while the gradient is traced."""
     calls, original = [], block.__call__

@@ -239,12 +239,12 @@ class Swing:
         self.rate = rate
 
     def __call__(self, x_t, t, y):
-        return self.head(x_t, self.trunk(x_t, t, y))
+        return self.head(x_t, self.trunk(x_t, t, y), t)
 
     def trunk(self, x_t, t, y):
         return self.rate * jnp.cos(3 * column(t)) + 0.1 * column(y) + 0.1 * x_t
 
-    def head(self, x_t, s):
+    def head(self, x_t, s, t):
         return s * x_t
 
 

@@ -14,6 +14,7 @@ from rae_jax.layers import mlp, positions
 Shapes = tables.Shapes
 Arguments = dict[str, Any]
 _HEAD_DEPTH = 2
+_EARLY, _ALIGN = "base_final_layer", "repa_projector"
 
 
 def dit_dh_table(
@@ -23,6 +24,9 @@ def dit_dh_table(
     hidden_size: tuple[int, int],
     depth: tuple[int, int],
     num_heads: tuple[int, int],
+    patch_size: int = 1,
+    early_depth: int = 0,
+    align_depth: int = 0,
     qk_norm: bool = False,
     use_swiglu: bool = True,
     use_rmsnorm: bool = True,
@@ -36,8 +40,9 @@ def dit_dh_table(
     """
     (trunk, head), (trunk_depth, head_depth) = hidden_size, depth
     entries = [tables.Entry("pos_embed", "pos_embed")] if use_pos_embed else []
-    entries += _patch_embed("x_embedder", (head, in_channels, 1, 1))
-    entries += _patch_embed("s_embedder", (trunk, in_channels, 1, 1))
+    patch = (in_channels, patch_size, patch_size)
+    entries += _patch_embed("x_embedder", (head, *patch))
+    entries += _patch_embed("s_embedder", (trunk, *patch))
     if trunk != head:
         entries += _linear("s_projector", "s_projector")
     entries += [*_embedders(), *_final_layer(use_rmsnorm)]
@@ -46,10 +51,11 @@ def dit_dh_table(
         entries += _block(layer, "blocks.block", layer, *flags)
     for layer in range(head_depth):
         entries += _block(trunk_depth + layer, "head_blocks.block", layer, *flags)
-    extras = []
+    entries += _readers(use_rmsnorm, early_depth, align_depth)
+    extras, grid = [], input_size // patch_size
     if use_rope:
-        extras += _rotary("enc_feat_rope", trunk // num_heads[0], input_size)
-        extras += _rotary("dec_feat_rope", head // num_heads[1], input_size)
+        extras += _rotary("enc_feat_rope", trunk // num_heads[0], grid)
+        extras += _rotary("dec_feat_rope", head // num_heads[1], grid)
     return tables.Table(tuple(entries), tuple(extras))
 
 
@@ -61,6 +67,8 @@ def dit_table(
     depth: int,
     num_heads: int,
     patch_size: int = 1,
+    early_depth: int = 0,
+    align_depth: int = 0,
     qk_norm: bool = False,
     use_swiglu: bool = True,
     use_rmsnorm: bool = True,
@@ -77,6 +85,7 @@ def dit_table(
         flags = (qk_norm, use_swiglu, use_rmsnorm)
         entries += _block(layer, "blocks.block", layer, *flags)
     entries += _final_layer(use_rmsnorm)
+    entries += _readers(use_rmsnorm, early_depth, align_depth)
     extras = []
     if use_rope:
         extras = _rotary("feat_rope", hidden_size // num_heads, input_size // p)
@@ -95,9 +104,11 @@ def dit_dh_sizes(shapes: Shapes, **known: Any) -> Arguments:
     Raises:
         ValueError: The tensors are not those of a DiT-DH, or do not tell all.
     """
-    trunk, in_channels = _shape(shapes, "s_embedder.proj.weight", "DiT-DH")[:2]
+    embed = _shape(shapes, "s_embedder.proj.weight", "DiT-DH")
+    trunk, in_channels, patch_size = embed[:3]
     head = _shape(shapes, "x_embedder.proj.weight", "DiT-DH")[0]
     found = dict(known) | {"in_channels": in_channels, "hidden_size": (trunk, head)}
+    found["patch_size"] = patch_size
     if "depth" not in known:
         found["depth"] = _depths(shapes, trunk, head)
     if "num_heads" not in known:
@@ -106,7 +117,7 @@ def dit_dh_sizes(shapes: Shapes, **known: Any) -> Arguments:
         ]
         found["num_heads"] = (trunk // dims[0], head // dims[1])
     if "input_size" not in known:
-        found["input_size"] = _grid(shapes, "enc_feat_rope")
+        found["input_size"] = patch_size * _grid(shapes, "enc_feat_rope")
     found.setdefault("use_rope", True)
     return found | _common(shapes, (trunk, head), (0, found["depth"][0]), known) | known
 
@@ -153,13 +164,31 @@ def _embedders() -> list[tables.Entry]:
     ]
 
 
-def _final_layer(use_rmsnorm: bool) -> list[tables.Entry]:
-    norm = tables.Entry("final_layer.norm_final.weight", "final_layer.norm.scale")
+def _final_layer(
+    use_rmsnorm: bool, name: str = "final_layer", path: str = "final_layer"
+) -> list[tables.Entry]:
+    norm = tables.Entry(f"{name}.norm_final.weight", f"{path}.norm.scale")
     return [
         *([norm] if use_rmsnorm else []),
-        *_linear("final_layer.linear", "final_layer.linear"),
-        *_linear("final_layer.adaLN_modulation.1", "final_layer.modulation"),
+        *_linear(f"{name}.linear", f"{path}.linear"),
+        *_linear(f"{name}.adaLN_modulation.1", f"{path}.modulation"),
     ]
+
+
+def _readers(
+    use_rmsnorm: bool, early_depth: int, align_depth: int
+) -> list[tables.Entry]:
+    """Returns the entries of what reads the trunk half-way.
+
+    The official code has none; these names are those of RAEv2 and of REPA.
+    """
+    entries = []
+    if early_depth:
+        entries += _final_layer(use_rmsnorm, _EARLY, "early_layer")
+    if align_depth:
+        for layer, path in enumerate(("fc1", "fc2", "fc3")):
+            entries += _linear(f"{_ALIGN}.{2 * layer}", f"projection.{path}")
+    return entries
 
 
 def _block(
@@ -260,6 +289,12 @@ def _common(
         blocks: Numbers of a block of each.
         known: Arguments to take as they are.
     """
+    for name, argument in ((_EARLY, "early_depth"), (_ALIGN, "align_depth")):
+        if argument not in known and any(key.startswith(f"{name}.") for key in shapes):
+            raise ValueError(
+                f"The file has a {name}, but does not tell after how many blocks. "
+                f"Give {argument}=..."
+            )
     labels = _shape(shapes, "y_embedder.embedding_table.weight", "DiT")[0]
     use_swiglu = "blocks.0.mlp.w12.weight" in shapes
     found = {
@@ -269,6 +304,8 @@ def _common(
         "qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
         "use_pos_embed": "pos_embed" in shapes,
     }
+    if f"{_ALIGN}.4.weight" in shapes:
+        found["align_dim"] = shapes[f"{_ALIGN}.4.weight"][0]
     if "mlp_ratio" not in known:
         name = "blocks.{}.mlp.w3.weight" if use_swiglu else "blocks.{}.mlp.fc2.weight"
         inner = [_shape(shapes, name.format(i), "DiT")[1] for i in blocks]

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 # Divisors t and 1 - t vanish at the ends, where the quantity sought is not defined
 # by the one given. Below this bound the divisor is held, so results stay finite.
 MIN_DIVISOR = 1e-5
+# The same bound where a network predicts x and its error would be divided by t (RAEv2).
+MIN_TIME_OF_X = 0.05
 
 
 def expand(t: jax.Array, x: jax.Array) -> jax.Array:
@@ -40,9 +42,14 @@ def score_from_v(v: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
     return -eps_from_v(v, x_t, t) / _divisor(expand(t, x_t))
 
 
-def v_from_x(x: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns the velocity at x_t of the path that starts at x."""
-    return (x_t - x) / _divisor(expand(t, x_t))
+def v_from_x(
+    x: jax.Array, x_t: jax.Array, t: jax.Array, min_time: float = MIN_DIVISOR
+) -> jax.Array:
+    """Returns the velocity at x_t of the path that starts at x.
+
+    Below `min_time` the divisor t is held.
+    """
+    return (x_t - x) / jnp.maximum(expand(t, x_t), min_time)
 
 
 def v_from_eps(eps: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:

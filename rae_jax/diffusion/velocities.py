@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -10,12 +10,26 @@ import jax
 Velocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+class Outputs(NamedTuple):
+    """What a network returns in training.
+
+    Attributes:
+        velocity: Velocity (b, h, w, c).
+        early: That of an early head, if the network has one.
+        aligned: Tokens (b, n, d) to compare with an encoder's, likewise.
+    """
+
+    velocity: jax.Array
+    early: jax.Array | None = None
+    aligned: jax.Array | None = None
+
+
 class TwoPart(Protocol):
-    """A network of two parts such as DiT-DH: head(x_t, trunk(x_t, t, y))."""
+    """A network of two parts such as DiT-DH: head(x_t, trunk(x_t, t, y), t)."""
 
     def trunk(self, x_t: jax.Array, t: jax.Array, y: jax.Array) -> Any: ...
 
-    def head(self, x_t: jax.Array, s: Any) -> jax.Array: ...
+    def head(self, x_t: jax.Array, s: Any, t: jax.Array) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +51,22 @@ class Split:
 
 def split(network: TwoPart) -> Split:
     """Returns the velocity of a network of two parts."""
-    return Split(network.trunk, lambda x_t, t, s: network.head(x_t, s))
+    return Split(network.trunk, lambda x_t, t, s: network.head(x_t, s, t))
+
+
+def split_early(network: Any) -> Split:
+    """Returns the velocities of a network of two parts and of its early head.
+
+    What the early head predicts belongs to the trunk, so steps that share the trunk's
+    output share it, too; it becomes a velocity where it is used.
+    """
+
+    def head(x_t, t, s):
+        conditions, early = s
+        velocity = network.velocity(early, x_t, t)
+        return network.head(x_t, conditions, t), velocity
+
+    return Split(network.trunk_and_early, head)
 
 
 def as_split(velocity: Velocity) -> Split:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from rae_jax.layers import conditioning, linear, norm, patches, positions, stack
-from rae_jax.models import dit, pretrained
+from rae_jax.models import dit_parts, pretrained
 
 
 class LDAE(nnx.Module):
@@ -60,7 +60,7 @@ class LDAE(nnx.Module):
 
         plain = dict(cond_size=c_size, use_rmsnorm=False, dtype=dtype)
         make_block = partial(
-            dit.DiTBlock,
+            dit_parts.DiTBlock,
             hidden_size,
             num_heads,
             mlp_ratio=mlp_ratio,
@@ -70,7 +70,7 @@ class LDAE(nnx.Module):
         )
         self.blocks = stack.Stack(make_block, depth, remat=remat, rngs=rngs)
         self.final_layer = (
-            dit.FinalLayer(hidden_size, out_features, rngs=rngs, **plain)
+            dit_parts.FinalLayer(hidden_size, out_features, rngs=rngs, **plain)
             if out_features
             else None
         )

@@ -18,7 +18,8 @@ from rae_jax.trainers import frozen, latent_network, weights
 
 CLASSIFIER_FREE = "cfg"
 AUTOGUIDANCE = "autoguidance"
-GUIDANCE = (CLASSIFIER_FREE, AUTOGUIDANCE)
+INTERNAL = "internal"
+GUIDANCE = (CLASSIFIER_FREE, AUTOGUIDANCE, INTERNAL)
 # Also what the configs of older runs do not say.
 DEFAULTS = dict(
     name="euler",
@@ -113,17 +114,28 @@ class Plan:
             labels: Their classes (b,).
             keep: Indices into the grid of the states to record.
         """
-        velocity = self._velocity(networks["dit"])
-        if self.guidance == AUTOGUIDANCE:
-            guide = self._velocity(networks["guide"])
-            guided = guidance.autoguidance(velocity, guide, scale, self.interval)
-        else:
-            guided = guidance.classifier_free(
-                velocity, scale, self.null_label, self.interval
-            )
+        guided = self._guided(networks, scale)
         eps = generate.sample_noise(seed, index, shape)
         keys = generate.sample_keys(seed, index)
         return self.sampler(guided, eps, labels, keys, keep)
+
+    def _guided(
+        self, networks: Mapping[str, nnx.Module], scale: float
+    ) -> velocities.Velocity:
+        if self.guidance == INTERNAL:
+            both = self._both(networks["dit"])
+            return guidance.internal_guidance(both, scale, self.interval)
+        velocity = self._velocity(networks["dit"])
+        if self.guidance == AUTOGUIDANCE:
+            guide = self._velocity(networks["guide"])
+            return guidance.autoguidance(velocity, guide, scale, self.interval)
+        return guidance.classifier_free(velocity, scale, self.null_label, self.interval)
+
+    def _both(self, network: nnx.Module) -> guidance.Velocities:
+        """Returns the velocities of the last layer and of the early head."""
+        if self.sampler.shares_trunk:
+            return velocities.split_early(network)
+        return lambda x_t, t, y: network.outputs(x_t, t, y)[:2]
 
     def _velocity(self, network: nnx.Module) -> velocities.Velocity:
         # A guide without a trunk is called in every step.
@@ -151,6 +163,7 @@ def make_plan(
     shift: float,
     network: type[nnx.Module],
     num_classes: int,
+    early_depth: int = 0,
 ) -> Plan:
     """Returns what a `sampling` block says.
 
@@ -159,12 +172,13 @@ def make_plan(
         shift: Time shift of the latents.
         network: Class of the diffusion transformer.
         num_classes: Its number of classes.
+        early_depth: Its blocks before an early head; 0 for none.
 
     Raises:
         ValueError: For anything that would fail while sampling.
     """
     block = complete(block)
-    _check_guidance(block)
+    _check_guidance(block, early_depth)
     try:
         sampler = samplers.make_sampler(
             block.name,
@@ -194,13 +208,19 @@ def plan_of(config: ConfigDict) -> Plan:
         shift=latent_network.time_shift(config),
         network=latent_network.network_class(config),
         num_classes=config.model.num_classes,
+        early_depth=config.model.get("early_depth", 0),
     )
 
 
-def _check_guidance(block: ConfigDict) -> None:
+def _check_guidance(block: ConfigDict, early_depth: int) -> None:
     if block.guidance not in GUIDANCE:
         raise configs.ConfigError(
             configs.suggest(block.guidance, GUIDANCE, "sampling.guidance")
+        )
+    if block.guidance == INTERNAL and not early_depth:
+        raise configs.ConfigError(
+            "sampling.guidance = 'internal' reads an early head, which the network "
+            "lacks; train one with model.early_depth = 8."
         )
     if block.guidance == AUTOGUIDANCE and not block.guide:
         raise configs.ConfigError(
