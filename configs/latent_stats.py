@@ -5,7 +5,8 @@ r"""Mean and variance of an encoder's latents, one pass over the training images
 
 Variants: vit_b, of l-DAE; momentum, the official script's running average; of
 published encoders, as in configs/rae_decoder.py: dinov2_s, dinov2_b, dinov2_l,
-siglip2_b, mae_b, dinov3_l_k7, dinov3_l_k23 and dinov2_b_512; photos; folder; smoke.
+siglip2_b, mae_b, dinov3_l_k7, dinov3_l_k23 and dinov2_b_512; of the spaces with a
+decoder of their own, sd_vae and pixels; photos; folder; smoke.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +21,8 @@ VARIANTS = {
     ),
     **{name: {} for name in encoders.EXPERIMENTS},
     "dinov2_b_512": dict(data=dict(image_size=512)),
+    "sd_vae": {},
+    "pixels": {},
     "photos": dict(
         both_orientations=False,
         data=blocks.photos(batch_size=64),
@@ -48,6 +51,6 @@ def get_config(variant: str = "vit_b") -> ConfigDict:
     c.both_orientations = True  # Counts every image and its mirror image.
     c.data = blocks.data(flip=False, batch_size=512)
     c.encoder = blocks.encoder("runs/ldae")
-    if variant in encoders.PRESETS:
-        c.encoder = blocks.pretrained_encoder(encoders.PRESETS[variant])
+    if variant in encoders.PRESETS or variant in encoders.SPACES:
+        c.encoder = encoders.block(variant)
     return config.apply_variant(c, VARIANTS, variant)

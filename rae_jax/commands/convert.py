@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HELP = "Convert weights between the layouts of PyTorch's libraries and ours."
 LAYOUTS = ("official", "diffusers", "huggingface", "rae_jax")
-KINDS = ("autoencoder", "decoder", "latent_stats", "dit", "dit_dh")
+KINDS = ("autoencoder", "autoencoder_kl", "decoder", "latent_stats", "dit", "dit_dh")
 KINDS += ("discriminator", "encoder", "lpips", "inception")
 EXAMPLES = """\
 SRC is a file or folder, a hub id (owner/name, owner/name:path/in/repo), the name of a
@@ -34,6 +34,7 @@ missing, unexpected or of another shape.
   rae-jax convert runs/rae_decoder model.pt            # a run's decoder, EMA weights
   rae-jax convert ep-last.pt weights/rae --set latent_stats=stat.pt
   rae-jax convert weights/rae weights/diffusers --target diffusers
+  rae-jax convert sd-vae-ft-ema weights/sd_vae
   rae-jax convert facebook/vit-mae-base weights/mae_b --set image_size=256
   rae-jax convert model.pt weights/decoder --set num_heads=12 --dry-run
 """

@@ -73,6 +73,13 @@ DIFFUSERS = {
 }
 
 
+# The KL autoencoders of latent diffusion that RAE compares with.
+KL = {
+    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
+    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
+}
+
+
 def _dit(path: str) -> str:
     return f"{COLLECTION}:DiTs/Dinov2/wReg_base/{path}/stage2_model.pt"
 
@@ -86,4 +93,4 @@ DIFFUSION = {
     "dit-dh-s-512-ep20": _dit("ImageNet512/DiTDH-S_ep20"),
 }
 
-SOURCES = DIFFUSERS | DIFFUSION
+SOURCES = DIFFUSERS | KL | DIFFUSION

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from rae_jax.layers import resize
+from rae_jax.layers import partition, resize
 
 IMAGE_SIZE = 224
 BLOCKS = (2, 5, 8, 11)  # Of DINO ViT-S/8, whose depth is 12.
@@ -121,7 +121,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps tokens (b, n, in_features) to (b, n, out_features) in `dtype`."""
-        kernel = self.kernel[...]
+        kernel = partition.gather(self.kernel[...], jnp.float32)
         if self.spectral_norm:
             kernel = kernel / _spectral_norm(kernel, self.u[...], self.v[...])
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)

@@ -3,17 +3,22 @@
 An encoder maps normalised images (b, h, w, 3) to tokens (b, n, hidden_size) whose
 last operation is a LayerNorm, and has the attributes `input_size`, `patch_size`,
 `hidden_size`, `image_mean` and `image_std`.
+
+Two spaces to compare with are made by other networks, which bring their own decoder:
+"sd_vae", the KL autoencoder of latent diffusion, and "pixels", patches as they are.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from flax import nnx
 
-from rae_jax import config
+from rae_jax import blocks, config
 from rae_jax.convert import encoder_names
-from rae_jax.models import ldae, vit_encoder
+from rae_jax.models import autoencoder_kl, ldae, pixels, vit_encoder
 
+Pair = tuple[nnx.Module, nnx.Module]
 ENCODERS = {"ldae": ldae.LDAEEncoder} | {
     name: partial(vit_encoder.ViTEncoder, name) for name in encoder_names.FAMILIES
 }
@@ -106,12 +111,119 @@ EXPERIMENTS = ("dinov2_s", "dinov2_b", "dinov2_l", "siglip2_b", "mae_b")
 EXPERIMENTS += ("dinov3_l_k7", "dinov3_l_k23")
 
 
-def make_encoder(name: str, *, rngs: nnx.Rngs, **sizes) -> nnx.Module:
+# Blocks for `config.encoder` of the spaces with a decoder of their own, for images of
+# 256 pixels or, for smoke runs, 32.
+_SD_VAE = dict(
+    image_size=256,
+    patch_size=8,
+    hidden_size=4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    norm_num_groups=32,
+    scaling_factor=0.18215,
+    shift_factor=0.0,
+    mid_block_add_attention=True,
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    dtype="float32",
+)
+_SMALL = dict(
+    image_size=32,
+    block_out_channels=(8, 8, 16, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+SPACES = {
+    "sd_vae": dict(name="sd_vae", weights="stabilityai/sd-vae-ft-ema", sizes=_SD_VAE),
+    "sd_vae_mse": dict(
+        name="sd_vae", weights="stabilityai/sd-vae-ft-mse", sizes=_SD_VAE
+    ),
+    "sd_vae_smoke": dict(name="sd_vae", weights="random", sizes=_SD_VAE | _SMALL),
+    "pixels": dict(
+        name="pixels",
+        weights="none",
+        sizes=dict(image_size=256, patch_size=16, hidden_size=768),
+    ),
+    "pixels_smoke": dict(
+        name="pixels",
+        weights="none",
+        sizes=dict(image_size=32, patch_size=8, hidden_size=192),
+    ),
+}
+
+
+def block(preset: str) -> dict[str, Any]:
+    """Returns the block for `config.encoder` of a name in `PRESETS` or `SPACES`.
+
+    Raises:
+        ConfigError: For an unknown name.
+    """
+    if preset in SPACES:
+        return SPACES[preset] | {"sizes": dict(SPACES[preset]["sizes"])}
+    if preset in PRESETS:
+        return blocks.pretrained_encoder(PRESETS[preset])
+    known = [*PRESETS, *SPACES]
+    raise config.ConfigError(config.suggest(preset, known, "encoder preset"))
+
+
+def make_encoder(name: str, *, rngs: nnx.Rngs, **sizes: Any) -> nnx.Module:
     """Builds an encoder with random parameters.
 
     Raises:
         ValueError: For an unknown name.
     """
+    if name in OWN_DECODER:
+        return make_pair(name, rngs=rngs, **sizes)[0]
     if name not in ENCODERS:
-        raise ValueError(config.suggest(name, list(ENCODERS), "encoder"))
+        known = [*ENCODERS, *OWN_DECODER]
+        raise ValueError(config.suggest(name, known, "encoder"))
     return ENCODERS[name](**sizes, rngs=rngs)
+
+
+def make_pair(name: str, *, rngs: nnx.Rngs, **sizes: Any) -> Pair:
+    """Builds encoder and decoder of a space that has both, with random parameters.
+
+    Raises:
+        ConfigError: The encoder of this name has no decoder of its own.
+        ValueError: Sizes do not fit together.
+    """
+    if name not in OWN_DECODER:
+        raise config.ConfigError(
+            f"The encoder {name!r} has no decoder of its own, as "
+            f"{' and '.join(OWN_DECODER)} have. Name the workdir of a decoder run "
+            "or converted weights of an autoencoder, or 'none'."
+        )
+    return OWN_DECODER[name](rngs=rngs, **sizes)
+
+
+def kl_arguments(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of an `AutoencoderKL` from the sizes of "sd_vae"."""
+    others = {k: v for k, v in sizes.items() if k not in ("patch_size", "hidden_size")}
+    return others | {"latent_channels": sizes["hidden_size"]}
+
+
+def _sd_vae(*, rngs: nnx.Rngs, **sizes: Any) -> Pair:
+    model = autoencoder_kl.AutoencoderKL(**kl_arguments(sizes), rngs=rngs)
+    _check("patch_size", sizes, model.encoder.patch_size, "block_out_channels")
+    return model.encoder, model.decoder
+
+
+def _pixels(
+    *, rngs: nnx.Rngs, image_size: int, patch_size: int, hidden_size: int
+) -> Pair:
+    encoder = pixels.PixelEncoder(image_size, patch_size)
+    _check(
+        "hidden_size", dict(hidden_size=hidden_size), encoder.hidden_size, "patch_size"
+    )
+    return encoder, pixels.PixelDecoder(image_size, patch_size)
+
+
+def _check(name: str, sizes: Mapping[str, Any], implied: int, by: str) -> None:
+    """Raises where a size that the latents' shape is told by says something else."""
+    if sizes[name] != implied:
+        raise config.ConfigError(
+            f"encoder.sizes.{name} = {sizes[name]}, but {by} implies {implied}."
+        )
+
+
+OWN_DECODER: dict[str, Callable[..., Pair]] = {"sd_vae": _sd_vae, "pixels": _pixels}

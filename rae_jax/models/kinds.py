@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from rae_jax import config as configs
-from rae_jax.convert import diffusers_names, encoder_names, sources
+from rae_jax.convert import diffusers_names, encoder_names, kl_names, sources
 from rae_jax.models import (
+    autoencoder_kl,
     decoder,
     discriminator,
     dit,
@@ -83,6 +84,9 @@ KINDS = {
     "dit": _of(r"x_embedder\.proj\.weight", dit.DiT, OFFICIAL),
     "autoencoder": _of(
         r"encoder\..*patch_embed.*\.weight", rae.RAE, OFFICIAL, DIFFUSERS
+    ),
+    "autoencoder_kl": _of(
+        re.escape(kl_names.MARK), autoencoder_kl.AutoencoderKL, DIFFUSERS
     ),
     "decoder": _of(r"(decoder\.)?trainable_cls_token", decoder.RAEDecoder, OFFICIAL),
     "discriminator": Kind(

@@ -13,17 +13,45 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rae_jax import config as configs
-from rae_jax.convert import diffusers_names, hub, published, rae_names, tables
+from rae_jax.convert import (
+    diffusers_names,
+    hub,
+    kl_names,
+    published,
+    rae_names,
+    tables,
+)
 from rae_jax.layers import resize
+from rae_jax.models import (
+    autoencoder_kl,
+    pretrained,
+    rae_layouts,
+    recording,
+    vit_encoder,
+    writers,
+)
 from rae_jax.models import decoder as decoders
-from rae_jax.models import pretrained, rae_layouts, recording, vit_encoder, writers
 
 NOISES = ("uniform", "half_normal")
 Stats = dict[str, jax.Array]
 
 
-def encode(encoder: Any, images: jax.Array) -> jax.Array:
-    """Maps images (b, H, W, 3) in [0, 1] of any size to raw latents (b, h, w, c).
+def encode(encoder: Any, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Maps images (b, H, W, 3) in [0, 1] of any size to latents (b, h, w, c).
+
+    Args:
+        encoder: See `models.encoders`.
+        images: Resized as `encode_raw` says.
+        key: Randomness of latents that are drawn; without it they are the means.
+    """
+    return to_latents(encoder, encode_raw(encoder, images), key)
+
+
+def encode_raw(encoder: Any, images: jax.Array) -> jax.Array:
+    """Maps images (b, H, W, 3) in [0, 1] of any size to what `to_latents` takes.
+
+    These are the latents (b, h, w, c) themselves, or of a KL autoencoder their moments
+    (b, h, w, 2c): nothing random, so it can be stored.
 
     Resizes as the official code does (bicubic without antialiasing), normalises
     and encodes. No gradient flows back.
@@ -37,6 +65,30 @@ def encode(encoder: Any, images: jax.Array) -> jax.Array:
     grid = math.isqrt(n)
     z = tokens.astype(jnp.float32).reshape(b, grid, grid, c)
     return jax.lax.stop_gradient(z)
+
+
+def to_latents(encoder: Any, raw: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Maps what `encode_raw` returns to latents (b, h, w, c).
+
+    Those of a KL autoencoder are drawn with the key, or are the means without it, and
+    have its scale; others are raw latents as they are.
+    """
+    if not isinstance(encoder, autoencoder_kl.KLEncoder):
+        return raw
+    shape = (*raw.shape[:-1], encoder.hidden_size)
+    eps = None if key is None else jax.random.normal(key, shape)
+    return encoder.latents(raw, eps)
+
+
+def latent_variance(encoder: Any, raw: jax.Array) -> jax.Array | None:
+    """Returns the variances (b, h, w, c) that latents of an image have; None for 0.
+
+    Args:
+        encoder: See `models.encoders`.
+        raw: What `encode_raw` returns.
+    """
+    is_random = isinstance(encoder, autoencoder_kl.KLEncoder)
+    return encoder.variances(raw) if is_random else None
 
 
 def decode(decoder: Any, z: jax.Array, encoder: Any) -> jax.Array:
@@ -217,12 +269,23 @@ class RAE(pretrained.Pretrained, nnx.Module):
         return model
 
     @classmethod
+    def from_kl(cls, model: autoencoder_kl.AutoencoderKL, eps: float = 0.0) -> Self:
+        """Makes a KL autoencoder one as any other; its latents have their own scale."""
+        grid, channels = model.decoder.grid, model.encoder.hidden_size
+        return cls(model.encoder, model.decoder, (grid, grid, channels), eps=eps)
+
+    @classmethod
     def open_foreign(
         cls, path: Path, part: str | None, overrides: pretrained.Arguments
     ) -> pretrained.Weights:
         settings = pretrained.read_config(path)
         if diffusers_names.is_settings(settings):
             return rae_layouts.open_diffusers(path, settings, overrides)
+        if kl_names.is_settings(settings):
+            raise ValueError(
+                f"{path} holds an AutoencoderKL: load it with "
+                "AutoencoderKL.from_pretrained, and make it an RAE with RAE.from_kl."
+            )
         return rae_layouts.open_official(path, part, overrides)
 
     @classmethod

@@ -144,6 +144,20 @@ class ViTEncoder(pretrained.Pretrained, nnx.Module):
             total = total + jnp.mean(self._tokens(last), axis=1, keepdims=True)
         return total
 
+    def class_token(self, images: jax.Array) -> jax.Array:
+        """Maps normalised images (b, h, w, 3) to the last class token (b, hidden_size).
+
+        It went through the final norm; `layers` do not matter.
+
+        Raises:
+            ValueError: The family has no class token.
+        """
+        if self.cls_token is None:
+            raise ValueError(
+                f"Encoders of the family {self.name!r} have no class token."
+            )
+        return self.norm(self.blocks(*self._embed(images))[:, 0])
+
     def block_features(
         self, images: jax.Array, indices: Sequence[int]
     ) -> list[jax.Array]:

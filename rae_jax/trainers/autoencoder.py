@@ -14,8 +14,11 @@ from rae_jax import config as configs
 from rae_jax.convert import published
 from rae_jax.evaluation import reconstruction
 from rae_jax.models import pretrained, rae
-from rae_jax.trainers import frozen, inputs, rae_decoder
-from rae_jax.training import checkpoints, state
+from rae_jax.trainers import frozen, inputs, rae_decoder, weights
+from rae_jax.training import checkpoints, distributed, state
+
+OWN = "own"
+LOSS = {"perceptual": "vgg"}  # Of the noise curves of an autoencoder without a run.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +71,39 @@ def load(workdir: Path) -> Autoencoder:
     )
 
 
-def find(source: str, workdir: Path) -> Autoencoder:
+def find(source: str, workdir: Path, config: ConfigDict | None = None) -> Autoencoder:
     """Loads what a config names as its decoder.
 
     Args:
         source: Workdir of a decoder run, or a file or folder of a whole autoencoder
-            in any layout, relative to `workdir`; or a name of `convert.published`.
+            in any layout, relative to `workdir`; or a name of `convert.published`; or
+            "own", the decoder that the latents of `config.encoder` come with.
         workdir: Folder of the run whose config it is.
+        config: That config, for "own".
 
     Raises:
-        ConfigError, CheckpointError: See `load`.
-        FileNotFoundError, ValueError: See `RAE.from_pretrained`.
+        ConfigError, CheckpointError: See `load`; or the encoder has no own decoder.
+        FileNotFoundError, ValueError: See `weights.load_autoencoder`.
     """
+    if source == OWN and config is not None:
+        return load_own(config, workdir)
     path = frozen.resolve(source, workdir)
     if is_converted(source, path):
-        return from_model(rae.RAE.from_pretrained(path if path.exists() else source))
+        source = str(path) if path.exists() else source
+        return from_model(weights.load_autoencoder(source))
     return load(path)
+
+
+def load_own(config: ConfigDict, workdir: Path) -> Autoencoder:
+    """Loads encoder and decoder of a run whose latents come with both.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    encoder, decoder = frozen.load_pair(config.encoder, workdir)
+    known = ConfigDict({"data": config.data.to_dict(), "loss": LOSS})
+    known.encoder = config.encoder.copy_and_resolve_references()
+    return _of_networks(known, encoder, decoder)
 
 
 def is_converted(source: str, path: Path) -> bool:
@@ -91,7 +111,8 @@ def is_converted(source: str, path: Path) -> bool:
     if path.exists():
         settings = pretrained.read_config(path)
         return path.is_file() or bool(settings and "trainer" not in settings)
-    return source in published.AUTOENCODERS or source in published.DIFFUSERS
+    names = published.AUTOENCODERS.keys() | published.DIFFUSERS.keys()
+    return source in names | published.KL.keys()
 
 
 def from_model(model: rae.RAE) -> Autoencoder:
@@ -101,13 +122,18 @@ def from_model(model: rae.RAE) -> Autoencoder:
     config.data = blocks.data(image_size=image_size(model), batch_size=32)
     config.encoder = dict(sizes={name: getattr(model.encoder, name) for name in sizes})
     config.encoder.sizes.image_size = model.encoder.input_size
-    config.loss = dict(perceptual="vgg")
-    encoder_def, decoder_def = nnx.graphdef(model.encoder), nnx.graphdef(model.decoder)
+    config.loss = LOSS
+    return _of_networks(config, model.encoder, model.decoder)
+
+
+def _of_networks(
+    config: ConfigDict, encoder: nnx.Module, decoder: nnx.Module
+) -> Autoencoder:
     params = {
-        "encoder": state.param_dict(model.encoder),
-        "decoder": state.param_dict(model.decoder),
+        "encoder": state.param_dict(encoder),
+        "decoder": state.param_dict(decoder),
     }
-    return Autoencoder(config, encoder_def, decoder_def, params)
+    return Autoencoder(config, nnx.graphdef(encoder), nnx.graphdef(decoder), params)
 
 
 def make_reconstruct(loaded: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:
@@ -117,7 +143,7 @@ def make_reconstruct(loaded: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:
 
     def reconstruct(images):
         recon = function(params["decoder"], params["encoder"], images)
-        return np.asarray(reconstruction.to_uint8(recon))
+        return distributed.to_host(reconstruction.to_uint8(recon))
 
     return reconstruct
 
@@ -137,4 +163,4 @@ def make_converted_reconstruct(model: rae.RAE) -> Callable[[np.ndarray], np.ndar
         z = model.encode(inputs.to_float(images))
         return reconstruction.to_uint8(model.decode(z))
 
-    return lambda images: np.asarray(through(params, images))
+    return lambda images: distributed.to_host(through(params, images))

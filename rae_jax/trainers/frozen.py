@@ -13,8 +13,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.convert import encoder_names, hub, stats_files
+from rae_jax.convert import encoder_names, hub, kl_names, stats_files
 from rae_jax.models import (
+    autoencoder_kl,
     encoders,
     ldae,
     metrics_nets,
@@ -61,8 +62,8 @@ def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:
     """Reads the weights of `config.encoder` for a run in `workdir`.
 
     `weights` is "random" for an untrained encoder; for "ldae" the workdir of its run;
-    for the others a hub id, or a folder or file in the layout of Hugging Face or in
-    ours.
+    for "pixels" nothing; for the others a hub id, or a folder or file in the layout of
+    Hugging Face, diffusers ("sd_vae") or in ours.
 
     Raises:
         ConfigError: If `weights` is empty, or the files have other sizes.
@@ -70,12 +71,9 @@ def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:
         FileNotFoundError: If nothing is there; it says what to download and how.
         ValueError: If tensors are missing, unexpected or wrongly shaped.
     """
-    if not config.weights:
-        raise configs.ConfigError(
-            "encoder.weights is empty. Give the workdir of a trained l-DAE, a hub id "
-            "or folder of a pretrained encoder, or "
-            f"{RANDOM!r} if an untrained encoder is what you want."
-        )
+    if config.name in encoders.OWN_DECODER:
+        return state.param_dict(load_pair(config, workdir)[0])
+    _check_named(config)
     if config.weights == RANDOM:
         sizes = config.sizes.to_dict()
         model = encoders.make_encoder(config.name, rngs=nnx.Rngs(0), **sizes)
@@ -86,16 +84,52 @@ def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:
     return load_pretrained(config.name, path, config.sizes)
 
 
+def load_pair(config: ConfigDict, workdir: Path) -> encoders.Pair:
+    """Reads encoder and decoder of a `config.encoder` that has both.
+
+    Raises:
+        ConfigError: Its encoder has no decoder of its own, `weights` is empty, or the
+            files have other sizes.
+        FileNotFoundError, ValueError: See `load_encoder`.
+    """
+    sizes = config.sizes.to_dict()
+    if config.name not in encoders.OWN_DECODER or config.name == "pixels":
+        return encoders.make_pair(config.name, rngs=nnx.Rngs(0), **sizes)
+    _check_named(config)
+    if config.weights == RANDOM:
+        return encoders.make_pair(config.name, rngs=nnx.Rngs(0), **sizes)
+    path = hub.locate(resolve(config.weights, workdir), allow=pretrained.HUB_FILES)
+    given = encoders.kl_arguments(sizes)
+    _check_differences(
+        kl_names.differences(given, autoencoder_kl.read_arguments(path)), path
+    )
+    model = autoencoder_kl.AutoencoderKL.from_pretrained(path, **given)
+    return model.encoder, model.decoder
+
+
+def _check_named(config: ConfigDict) -> None:
+    if not config.weights:
+        raise configs.ConfigError(
+            "encoder.weights is empty. Give the workdir of a trained l-DAE, a hub id "
+            "or folder of a pretrained encoder, or "
+            f"{RANDOM!r} if an untrained encoder is what you want."
+        )
+
+
+def _check_differences(wrong: list[str], path: Path) -> None:
+    if wrong:
+        raise configs.ConfigError(
+            f"config.encoder does not fit {path}: {'; '.join(wrong)}."
+        )
+
+
 def load_pretrained(name: str, source: Path, sizes: ConfigDict) -> state.Params:
     """Reads a pretrained encoder, whose files must be of the same family and sizes."""
     path = hub.locate(source, allow=pretrained.HUB_FILES)
     given = {"name": name} | sizes.to_dict()
     stored = vit_encoder.read_arguments(path)
     wrong = encoder_names.differences(given, stored) if stored else []
-    if wrong:
-        raise configs.ConfigError(
-            f"config.encoder does not fit {path}: {'; '.join(wrong)}."
-        )
+    _check_differences(wrong, path)
     return state.param_dict(vit_encoder.ViTEncoder.from_pretrained(path, **given))
 
 
@@ -146,7 +180,13 @@ def backbone_name(config: ConfigDict) -> str:
 def backbone_block(config: ConfigDict) -> ConfigDict:
     """Returns the block of a decoder config that describes the critic's backbone."""
     own = backbone_name(config) == "encoder"
-    return config.encoder if own else config.gan.backbone
+    block = config.encoder if own else config.gan.backbone
+    if block.name in encoders.OWN_DECODER:
+        raise configs.ConfigError(
+            f"The critic's backbone cannot be {block.name!r}: it reads blocks of a "
+            "vision transformer. Give another gan.backbone, or gan.weight=0."
+        )
+    return block
 
 
 def load_backbone(config: ConfigDict, workdir: Path) -> state.Params:

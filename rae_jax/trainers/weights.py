@@ -1,6 +1,7 @@
 """Weights wherever they are: in files of any layout, on the hub, or in a run."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,16 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.convert import hub, published, sources, stats_files, tables
+from rae_jax.convert import (
+    hub,
+    kl_names,
+    published,
+    sources,
+    stats_files,
+    tables,
+)
 from rae_jax.models import (
+    autoencoder_kl,
     conversion,
     encoders,
     kinds,
@@ -28,6 +37,7 @@ from rae_jax.trainers import frozen, latent_network, rae_decoder
 from rae_jax.training import checkpoints, state
 
 LAYOUT = "checkpoint"
+KL = "autoencoder_kl"  # Of `kinds.KINDS`.
 PARTS = {"ema": "ema_params", "model": "params"}
 FILES = (*pretrained.HUB_FILES, "*.npz")
 
@@ -83,7 +93,7 @@ def load_autoencoder(
     """Loads an autoencoder from anything that `open_source` takes.
 
     Args:
-        source: See `open_source`.
+        source: See `open_source`; a KL autoencoder is one, too.
         latent_stats: File of statistics in place of the autoencoder's own.
         **overrides: `dtype` and `remat`.
 
@@ -91,10 +101,14 @@ def load_autoencoder(
         FileNotFoundError, ValueError: See `open_source`; or the statistics are for
             other latents.
     """
-    opened = open_source(source, "autoencoder")
+    options = {} if latent_stats is None else {"eps": rae_layouts.OFFICIAL_EPS}
+    if is_kl(source):
+        overrides.pop("remat", None)  # It has no stack of blocks.
+        model = rae.RAE.from_kl(load(open_source(source, KL), **overrides), **options)
+    else:
+        model = load(open_source(source, "autoencoder"), **options, **overrides)
     if latent_stats is None:
-        return load(opened, **overrides)
-    model = load(opened, eps=rae_layouts.OFFICIAL_EPS, **overrides)
+        return model
     if model.latent_var is None:
         raise ValueError(
             f"{source} is normalised as in diffusers, by deviations. Statistics of "
@@ -104,6 +118,23 @@ def load_autoencoder(
     model.latent_mean[...] = jnp.asarray(stats["mean"])
     model.latent_var[...] = jnp.asarray(stats["var"])
     return model
+
+
+def is_kl(source: str | os.PathLike) -> bool:
+    """Returns whether weights are those of a KL autoencoder.
+
+    Raises:
+        FileNotFoundError, ValueError: See `open_source`.
+    """
+    source = os.fspath(source)
+    if source in published.AUTOENCODERS:
+        return False
+    path = hub.locate(published.SOURCES.get(source, source), allow=FILES)
+    settings = pretrained.read_config(path)
+    if settings:
+        name = autoencoder_kl.AutoencoderKL.__name__
+        return kl_names.is_settings(settings) or settings.get("class") == name
+    return kl_names.MARK in sources.open_tensors(path).shapes
 
 
 def is_run(path: Path) -> bool:
