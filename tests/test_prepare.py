@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from rae_jax.commands import prepare
-from rae_jax.data import images, loader, preparing, records, sources, transforms
+from rae_jax.data import images, loader, records, shards, sources, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -315,7 +315,7 @@ def test_shards_that_do_not_match_their_metadata_are_refused(folder, tmp_path):
 
 
 def test_default_number_of_shards_grows_with_the_images():
-    assert preparing.shard_count(10) == 1
-    assert preparing.shard_count(1_281_167) == 626
-    assert preparing.shard_count(10**8) == 1024
-    assert preparing.shard_count(3, asked=5) == 3
+    assert shards.shard_count(10) == 1
+    assert shards.shard_count(1_281_167) == 626
+    assert shards.shard_count(10**8) == 1024
+    assert shards.shard_count(3, asked=5) == 3

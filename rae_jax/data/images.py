@@ -46,7 +46,12 @@ class BadImageError(ValueError):
 
 
 def decode(image: bytes | str | Path, name: str = "") -> np.ndarray:
-    """Returns the pixels of an encoded image, uint8 (h, w, 3).
+    """Returns the pixels of an encoded image, uint8 (h, w, 3); see `open_rgb`."""
+    return np.array(open_rgb(image, name))
+
+
+def open_rgb(image: bytes | str | Path, name: str = "") -> Image.Image:
+    """Returns an encoded image as a picture of Pillow, decoded, in mode "RGB".
 
     Equal to Pillow's `convert("RGB")`, which the official code uses, except where
     that is plainly wrong:
@@ -72,7 +77,7 @@ def decode(image: bytes | str | Path, name: str = "") -> np.ndarray:
     try:
         with Image.open(io.BytesIO(image)) as opened:
             opened.load()
-            return np.array(_to_rgb(_upright(opened)))
+            return _to_rgb(_upright(opened))
     except Exception as error:  # Damaged files raise nearly any type in Pillow.
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -92,6 +97,8 @@ def encode(image: np.ndarray, quality: int | None = 95) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
+        return image  # It has nothing to search through.
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # Damaged metadata must not cost the picture.

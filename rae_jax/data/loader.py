@@ -135,6 +135,8 @@ class Batches(Iterator[Batch]):
             self.close()  # Trying again must not skip the batch.
             raise
         self._position += 1
+        if not self._num_workers:
+            return batch
         # Workers pass batches in shared memory, which must not outlive them.
         return {key: np.array(rows) for key, rows in batch.items()}
 

@@ -4,10 +4,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import math
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import zipfile
@@ -17,14 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from rae_jax.data import images, records, sources, transforms
+from rae_jax.data import images, records, shards, sources, transforms
 
 PACK_LIMIT = 50_000  # Images of a packed reference, as in the official code.
-IMAGES_PER_SHARD = 2048
-MAX_SHARDS = 1024
 CHUNK = 32  # images per task of a packed array
-
-_UNFINISHED = "unfinished"  # subfolder with the state of a run
 
 Progress = Callable[[int], None]  # called with the number of images just done
 
@@ -48,9 +42,10 @@ class Recipe:
 
     def pixels(self, record: dict[str, Any]) -> np.ndarray:
         """Returns the decoded and resized image of a record."""
-        image = images.decode(record["image"], record["name"])
+        picture = images.open_rgb(record["image"], record["name"])
         if self.transform == "center_crop":
-            return transforms.center_crop(image, self.size)
+            return transforms.center_crop(picture, self.size)
+        image = np.array(picture)
         if self.size is not None and min(image.shape[:2]) > self.size:
             return transforms.resize_shorter(image, self.size)
         return image
@@ -61,16 +56,6 @@ class Recipe:
         if self.size is None:
             return record["image"]
         return images.encode(pixels, self.quality)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One task: the images [start, stop) of a source become one file."""
-
-    path: Path
-    done: Path
-    start: int
-    stop: int
 
 
 class Tree:
@@ -123,7 +108,7 @@ def write_shards(
     folder: Path,
     recipe: Recipe,
     *,
-    shards: int | None = None,
+    num_shards: int | None = None,
     workers: int = 1,
     progress: Progress = lambda count: None,
 ) -> dict[str, Any]:
@@ -133,7 +118,7 @@ def write_shards(
 
     Args:
         folder: Destination; made if it does not exist.
-        shards: Number of files; see `shard_count`.
+        num_shards: Number of files; see `shards.shard_count`.
         workers: Number of processes.
         progress: Called as images are done.
 
@@ -145,25 +130,19 @@ def write_shards(
         ValueError: The destination was begun with another source or recipe.
         OSError: The destination is full or cannot be written.
     """
-    plan = _plan(source, recipe, shard_count(len(source), shards))
-    if _is_complete(folder, plan):
+    plan = _plan(source, recipe, shards.shard_count(len(source), num_shards))
+    if shards.is_complete(folder, plan):
         progress(len(source))
     else:
-        _begin(folder, plan)
-        tasks = _tasks(folder, len(source), plan["num_shards"])
+        shards.begin(folder, plan)
+        tasks = shards.tasks(folder, len(source), plan["num_shards"])
         todo = [task for task in tasks if not task.done.exists()]
-        progress(len(source) - sum(task.stop - task.start for task in todo))
+        progress(len(source) - sum(task.size for task in todo))
         for task in _parallel(_write_shard, todo, workers, source, recipe):
-            progress(task.stop - task.start)
+            progress(task.size)
         _finish(folder, plan, tasks)
-    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
+    shards.forget(folder)
     return records.read_metadata(folder)
-
-
-def shard_count(num_images: int, asked: int | None = None) -> int:
-    """Returns the number of shards: as asked, or enough to resume and to share."""
-    by_size = min(MAX_SHARDS, math.ceil(num_images / IMAGES_PER_SHARD))
-    return min(asked or by_size, num_images)
 
 
 def write_pack(
@@ -218,22 +197,7 @@ def _plan(source: Source, recipe: Recipe, count: int) -> dict[str, Any]:
     }
 
 
-def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
-    if not (folder / records.METADATA).exists():
-        return False
-    _check_same(folder, plan, records.read_metadata(folder))
-    return True
-
-
-def _begin(folder: Path, plan: dict[str, Any]) -> None:
-    path = folder / _UNFINISHED / "plan.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        _check_same(folder, plan, records.read_json(path))
-    records.write_json(path, plan)
-
-
-def _finish(folder: Path, plan: dict[str, Any], tasks: list[Shard]) -> None:
+def _finish(folder: Path, plan: dict[str, Any], tasks: list[shards.Shard]) -> None:
     results = {task.path.name: records.read_json(task.done) for task in tasks}
     counts = {name: result["count"] for name, result in results.items()}
     if not any(counts.values()):
@@ -245,24 +209,6 @@ def _finish(folder: Path, plan: dict[str, Any], tasks: list[Shard]) -> None:
         "skipped": skipped,
     }
     records.write_json(folder / records.METADATA, metadata)
-
-
-def _check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> None:
-    changed = [key for key, value in plan.items() if earlier.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"{folder} was prepared with other {', '.join(changed)}. Delete it, choose "
-            "another destination, or repeat the earlier options to resume."
-        )
-
-
-def _tasks(folder: Path, total: int, count: int) -> list[Shard]:
-    state = folder / _UNFINISHED
-    bounds = [round(k * total / count) for k in range(count + 1)]
-    return [
-        Shard(folder / name, state / f"{name}.json", bounds[k], bounds[k + 1])
-        for k, name in enumerate(records.shard_names(count))
-    ]
 
 
 # Set once per process: a source may list millions of files.
@@ -316,7 +262,7 @@ def _start_worker(source: Source, recipe: Recipe) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write_shard(task: Shard) -> Shard:
+def _write_shard(task: shards.Shard) -> shards.Shard:
     source, recipe = _shared
     skipped: list[str] = []
 

@@ -3,10 +3,11 @@
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import grain
 from array_record.python import array_record_module
 
 METADATA = "metadata.json"
@@ -29,9 +30,9 @@ def unpack(record: bytes) -> dict[str, Any]:
     return {"image": record[start:], "label": label, "name": name}
 
 
-def shard_names(count: int) -> list[str]:
+def shard_names(count: int, prefix: str = "images") -> list[str]:
     """Returns the file names of `count` shards, in order."""
-    return [f"images-{k:05d}-of-{count:05d}.array_record" for k in range(count)]
+    return [f"{prefix}-{k:05d}-of-{count:05d}.array_record" for k in range(count)]
 
 
 def partial(path: Path) -> Path:
@@ -67,6 +68,39 @@ def write_shard(path: Path, packed: Iterable[bytes]) -> int:
     return count
 
 
+def open_shards(
+    folder: Path, counts: Mapping[str, int]
+) -> grain.sources.ArrayRecordDataSource:
+    """Opens shards for random access, as one sequence of records.
+
+    Args:
+        folder: Where they are.
+        counts: The names of the files and how many records each holds.
+
+    Raises:
+        ValueError: A file is missing or damaged, or holds another number.
+    """
+    names = [name for name, count in counts.items() if count]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        others = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        shown = ", ".join(map(repr, missing[:5]))
+        raise ValueError(f"{folder} lacks {shown}{others}; prepare it again.")
+    paths = [str(folder / name) for name in names]
+    try:
+        found = grain.sources.ArrayRecordDataSource(paths)
+        length = len(found)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"A shard is damaged; prepare it again. {error}") from None
+    expected = sum(counts.values())
+    if length != expected:
+        raise ValueError(
+            f"{folder} has {length} records, but {METADATA} counts {expected}; "
+            "prepare it again."
+        )
+    return found
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that appears under its name only when complete."""
     partial(path).write_text(json.dumps(content, indent=1) + "\n")
@@ -85,8 +119,12 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: {error}.") from None
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
     """Returns the metadata that `rae-jax prepare` writes after the last shard.
+
+    Args:
+        folder: Where the shards are.
+        kind: The format that they must have.
 
     Raises:
         ValueError: The file is missing, damaged or of another format.
@@ -98,6 +136,6 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             "was interrupted, run the same command again to finish."
         )
     metadata = read_json(path)
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by `rae-jax prepare` ({FORMAT}).")
+    if not isinstance(metadata, dict) or metadata.get("format") != kind:
+        raise ValueError(f"{path} was not written by `rae-jax prepare` ({kind}).")
     return metadata

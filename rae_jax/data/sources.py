@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import numpy as np
 from PIL import Image
 
@@ -122,17 +121,8 @@ class ArrayRecords:
         names = [name for name in names if counts[name]]
         if not names:
             raise ValueError(f"{path} names none of the {len(counts)} shards there.")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder} lacks {_some(missing)}; prepare it again.")
         self.class_names = tuple(metadata["class_names"])
-        self._records = _open_shards([str(folder / name) for name in names])
-        expected = sum(counts[name] for name in names)
-        if len(self._records) != expected:
-            raise ValueError(
-                f"{folder} has {len(self._records)} records, but {records.METADATA} "
-                f"counts {expected}; prepare it again."
-            )
+        self._records = records.open_shards(folder, {n: counts[n] for n in names})
 
     @property
     def num_classes(self) -> int:
@@ -299,13 +289,6 @@ def _images_below(root: Path, name: str) -> list[str]:
 def _read_file(root: Path, file: str, label: int) -> Record:
     path = root / file
     return {"image": path.read_bytes(), "label": label, "name": str(path)}
-
-
-def _open_shards(paths: list[str]) -> grain.sources.ArrayRecordDataSource:
-    try:
-        return grain.sources.ArrayRecordDataSource(paths)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"A shard is damaged; prepare it again. {error}") from None
 
 
 def _no_classes(root: Path) -> str:

@@ -8,65 +8,79 @@ import grain
 import numpy as np
 from PIL import Image
 
-from rae_jax.data import images
+from rae_jax.data import images, resizing
+
+Picture = np.ndarray | Image.Image
 
 NAMES = ("center_crop", "resize_random_crop", "random_resized_crop", "none")
 
 
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+def center_crop(
+    image: Picture, size: int, *, resampling: str = resizing.PILLOW
+) -> np.ndarray:
     """Returns the central square (size, size, 3), as ADM and DiT crop ImageNet.
 
     Halves with a box filter while the shorter side is at least twice the size, then
     resizes it to the size with a bicubic filter, then crops.
 
     Args:
-        image: Pixels uint8 (h, w, 3).
+        image: Pixels uint8 (h, w, 3), or a picture of Pillow in mode "RGB".
         size: Side of the crop.
+        resampling: See `resizing.resized_window`.
     """
-    picture = Image.fromarray(image)
+    picture = _picture(image)
     while min(picture.size) >= 2 * size:
         half = (picture.width // 2, picture.height // 2)
         picture = picture.resize(half, Image.Resampling.BOX)
     scale = size / min(picture.size)
-    shape = (round(picture.width * scale), round(picture.height * scale))
-    pixels = np.array(picture.resize(shape, Image.Resampling.BICUBIC))
-    top = (pixels.shape[0] - size) // 2
-    left = (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    window = (left, top, size, size)
+    return resizing.resized_window(picture, (width, height), window, resampling)
 
 
 def resize_random_crop(
-    image: np.ndarray, size: int, rng: np.random.Generator
+    image: Picture,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    resampling: str = resizing.PILLOW,
 ) -> np.ndarray:
     """Returns a random square (size, size, 3) of the image resized to 1.5 x size.
 
     The transform of RAE decoder training: the shorter side becomes 384 pixels for
     crops of 256, and int(1.5 * size) otherwise.
     """
-    pixels = resize_shorter(image, int(1.5 * size))
-    top = rng.integers(pixels.shape[0] - size + 1)
-    left = rng.integers(pixels.shape[1] - size + 1)
-    return pixels[top : top + size, left : left + size]
+    picture = _picture(image)
+    width, height = _shape_of_shorter(picture.size, int(1.5 * size))
+    top = int(rng.integers(height - size + 1))
+    left = int(rng.integers(width - size + 1))
+    window = (left, top, size, size)
+    return resizing.resized_window(picture, (width, height), window, resampling)
 
 
 def resize_shorter(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes so that the shorter side has `size` pixels (bicubic, antialiased)."""
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    if shorter == size:
+    size_of = (image.shape[1], image.shape[0])
+    if min(size_of) == size:
         return image
-    # The longer side is truncated, as in torchvision.
-    shape = (size * width // shorter, size * height // shorter)
+    shape = _shape_of_shorter(size_of, size)
     return np.array(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
 
 
+def _shape_of_shorter(old: tuple[int, int], shorter: int) -> tuple[int, int]:
+    # The longer side is truncated, as in torchvision.
+    return shorter * old[0] // min(old), shorter * old[1] // min(old)
+
+
 def random_resized_crop(
-    image: np.ndarray,
+    image: Picture,
     size: int,
     rng: np.random.Generator,
     *,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    resampling: str = resizing.PILLOW,
 ) -> np.ndarray:
     """Returns a window of random area and aspect ratio, resized to (size, size, 3).
 
@@ -74,15 +88,19 @@ def random_resized_crop(
     default the area range of MAE (arXiv:2111.06377), which l-DAE follows.
 
     Args:
-        image: Pixels uint8 (h, w, 3).
+        image: Pixels uint8 (h, w, 3), or a picture of Pillow in mode "RGB".
         size: Side of the result.
         rng: Source of randomness.
         scale: Smallest and largest share of the image's area.
         ratio: Smallest and largest width / height, drawn log-uniformly.
+        resampling: See `resizing.resized_window`.
     """
-    top, left, height, width = _random_window(image.shape[:2], rng, scale, ratio)
-    window = Image.fromarray(image[top : top + height, left : left + width])
-    return np.array(window.resize((size, size), Image.Resampling.BICUBIC))
+    picture = _picture(image)
+    shape = (picture.height, picture.width)
+    top, left, height, width = _random_window(shape, rng, scale, ratio)
+    picture = picture.crop((left, top, left + width, top + height))
+    whole = (size, size)
+    return resizing.resized_window(picture, whole, (0, 0, *whole), resampling)
 
 
 def _random_window(
@@ -107,9 +125,18 @@ def _random_window(
     return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width
 
 
+def _picture(image: Picture) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirrors the image left to right with probability one half."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    return image[:, ::-1] if draws_flip(rng) else image
+
+
+def draws_flip(rng: np.random.Generator) -> bool:
+    """Returns whether `flip` would mirror."""
+    return rng.random() < 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +146,7 @@ class Transform(grain.transforms.RandomMap):
     name: str
     image_size: int
     flip: bool = False
+    resampling: str = resizing.PILLOW
 
     def random_map(
         self, record: dict[str, Any], rng: np.random.Generator
@@ -128,21 +156,20 @@ class Transform(grain.transforms.RandomMap):
         name = record.pop("name", "")
         image = record["image"]
         if isinstance(image, bytes):
-            image = images.decode(image, name)
+            image = images.open_rgb(image, name)
         image = self._crop(image, rng, name)
         record["image"] = np.ascontiguousarray(flip(image, rng) if self.flip else image)
         return record
 
-    def _crop(
-        self, image: np.ndarray, rng: np.random.Generator, name: str
-    ) -> np.ndarray:
+    def _crop(self, image: Picture, rng: np.random.Generator, name: str) -> np.ndarray:
         size = self.image_size
         if self.name == "center_crop":
-            return center_crop(image, size)
+            return center_crop(image, size, resampling=self.resampling)
         if self.name == "resize_random_crop":
-            return resize_random_crop(image, size, rng)
+            return resize_random_crop(image, size, rng, resampling=self.resampling)
         if self.name == "random_resized_crop":
-            return random_resized_crop(image, size, rng)
+            return random_resized_crop(image, size, rng, resampling=self.resampling)
+        image = np.asarray(image)
         if image.shape != (size, size, 3):
             raise ValueError(
                 f"{name or 'An image'} has shape {image.shape}, but the transform "
@@ -152,16 +179,27 @@ class Transform(grain.transforms.RandomMap):
         return image
 
 
-def make_transform(name: str, image_size: int, flip: bool = False) -> Transform:
+def make_transform(
+    name: str,
+    image_size: int,
+    flip: bool = False,
+    resampling: str = resizing.PILLOW,
+) -> Transform:
     """Returns the transform of records by name.
 
     Args:
         name: One of `NAMES`. "none" takes images that already have the size.
         image_size: Side of the square results.
         flip: Whether to mirror half of the images.
+        resampling: How to resize, see `resizing.resized_window`.
+
+    Raises:
+        ValueError: A name or size cannot be.
+        ModuleNotFoundError: A package for the resampling is missing.
     """
+    resizing.check_resampling(resampling)
     if name not in NAMES:
         raise ValueError(f"Unknown transform {name!r}; choose from {list(NAMES)}.")
     if image_size < 1:
         raise ValueError(f"image_size must be positive, got {image_size}.")
-    return Transform(name, image_size, flip)
+    return Transform(name, image_size, flip, resampling)

@@ -5,16 +5,52 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rae_jax.data import loader, sources, transforms
+from rae_jax import config as configs
+from rae_jax.data import latents, loader, resizing, sources, transforms
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
-def abstract_batch(data: ConfigDict) -> Shapes:
-    """Returns the shapes of a global training batch."""
+def cache(data: ConfigDict) -> str:
+    """Returns the folder of cached latents that a data block names, or ""."""
+    return data.get("latents", "")  # The configs of older runs do not say.
+
+
+def train_limit(data: ConfigDict) -> int:
+    """Returns how many training images are used, or 0 for all.
+
+    Raises:
+        ConfigError: It is negative.
+    """
+    found = data.get("limit", 0)  # The configs of older runs do not say.
+    if found < 0:
+        raise configs.ConfigError(f"data.limit must not be negative, got {found}.")
+    return found
+
+
+def abstract_batch(
+    data: ConfigDict, latent_shape: tuple[int, ...] | None = None
+) -> Shapes:
+    """Returns the shapes of a global training batch.
+
+    Args:
+        data: Data block.
+        latent_shape: Of one cached latent, (h, w, m); None for images.
+
+    Raises:
+        ConfigError: The data block names cached latents, but images are needed.
+    """
     b, size = data.batch_size, data.image_size
-    return {
-        "image": jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8),
+    if latent_shape is not None:
+        first = {"latent": jax.ShapeDtypeStruct((b, *latent_shape), jnp.bfloat16)}
+    elif cache(data):
+        raise configs.ConfigError(
+            f"data.latents = {data.latents!r}, but this trainer needs the images: set "
+            "data.latents to ''."
+        )
+    else:
+        first = {"image": jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8)}
+    return first | {
         "label": jax.ShapeDtypeStruct((b,), jnp.int32),
         "index": jax.ShapeDtypeStruct((b,), jnp.int32),
     }
@@ -23,20 +59,57 @@ def abstract_batch(data: ConfigDict) -> Shapes:
 def open_source(data: ConfigDict, split: str) -> sources.Source:
     """Opens one split of the images that a data block names.
 
+    Of the split for training it is a fixed random choice of `data.limit` images.
+
     Raises:
         ValueError: If the folder is missing or empty, or holds no such split.
     """
     options = {"image_size": data.image_size} if data.source == "synthetic" else {}
     if data.source == "photos" and split == "validation":
         options = {"crops_per_photo": data.validation_size // 10 or 1}
-    return sources.make_source(data.source, path=data.path, split=split, **options)
+    found = sources.make_source(data.source, path=data.path, split=split, **options)
+    count = train_limit(data) if split == data.split else 0
+    return choose(found, count) if count else found
+
+
+def train_source(data: ConfigDict) -> sources.Source | latents.Latents:
+    """Opens what a training run reads: the images, or their cached latents.
+
+    Raises:
+        ConfigError: `data.limit` asks for fewer images than were cached.
+    """
+    if not cache(data):
+        return open_source(data, data.split)
+    found = latents.Latents(cache(data))
+    if 0 < train_limit(data) < len(found):
+        raise configs.ConfigError(
+            f"data.limit = {data.limit}, but {data.latents} holds latents of "
+            f"{len(found)} images: prepare others with this limit, or set it to 0."
+        )
+    return found
+
+
+def train_transform(data: ConfigDict, flip: bool) -> transforms.Transform:
+    """Returns how images become examples in training."""
+    resampling = data.get("resampling", resizing.PILLOW)
+    return transforms.make_transform(
+        data.transform, data.image_size, flip, resampling=resampling
+    )
 
 
 def train_batches(data: ConfigDict, seed: int) -> loader.Batches:
-    """Returns the endless shuffled batches of a training run."""
-    transform = transforms.make_transform(data.transform, data.image_size, data.flip)
+    """Returns the endless shuffled batches of a training run.
+
+    With cached latents batch k shows the images, mirrored or not, that it shows
+    without.
+    """
+    source = train_source(data)
+    if cache(data):
+        transform = latents.Choose(source, "random" if data.flip else "never")
+    else:
+        transform = train_transform(data, data.flip)
     return loader.train_batches(
-        open_source(data, data.split),
+        source,
         transform,
         batch_size=data.batch_size,
         seed=seed,
@@ -57,10 +130,28 @@ def eval_batches(
     """
     source = open_source(data, split)
     if limit is not None and limit < len(source):
-        source = Subset(source, limit)
+        source = choose(source, limit)
     return loader.eval_batches(
         source,
         _center_crop(data, flip),
+        batch_size=data.batch_size,
+        num_workers=data.num_workers,
+    )
+
+
+def one_pass(data: ConfigDict, *, both: bool = False) -> loader.Batches:
+    """Returns one pass over what a training run reads, never mirrored.
+
+    Args:
+        data: Data block.
+        both: Whether cached latents come with those of mirror images.
+    """
+    if not cache(data):
+        return eval_batches(data, data.split)
+    source = latents.Latents(cache(data))
+    return loader.eval_batches(
+        source,
+        latents.Choose(source, "both" if both else "never"),
         batch_size=data.batch_size,
         num_workers=data.num_workers,
     )
@@ -74,7 +165,7 @@ def validation_batches(data: ConfigDict) -> loader.Batches:
 def class_names(data: ConfigDict, num_classes: int) -> tuple[str, ...]:
     """Returns the names of the classes, or their numbers where the data is not here."""
     try:
-        names = tuple(open_source(data, data.split).class_names)
+        names = tuple(train_source(data).class_names)
     except (ValueError, OSError):
         names = ()
     numbers = tuple(str(i) for i in range(len(names), num_classes))
@@ -83,7 +174,7 @@ def class_names(data: ConfigDict, num_classes: int) -> tuple[str, ...]:
 
 def examples(data: ConfigDict, split: str, count: int) -> np.ndarray:
     """Returns `count` images of a split, uint8 (count, h, w, 3), of many classes."""
-    source = Subset(open_source(data, split), 8 * count)
+    source = choose(open_source(data, split), 8 * count)
     records = sorted((source[i] for i in range(len(source))), key=_label)
     chosen = [records[i * len(records) // count] for i in range(count)]
     transform = _center_crop(data)
@@ -91,14 +182,18 @@ def examples(data: ConfigDict, split: str, count: int) -> np.ndarray:
     return np.stack([transform.random_map(record, rng)["image"] for record in chosen])
 
 
-class Subset:
-    """A fixed random choice of a source's images, in the source's order."""
+def choose(source: sources.Source, count: int) -> "Subset":
+    """Returns a fixed random choice of a source's images, in the source's order."""
+    order = np.random.default_rng(0).permutation(len(source))
+    return Subset(source, np.sort(order[:count]))
 
-    def __init__(self, source: sources.Source, count: int):
+
+class Subset:
+    """The images of a source that have these indices."""
+
+    def __init__(self, source: sources.Source, indices: np.ndarray):
         self.num_classes, self.class_names = source.num_classes, source.class_names
-        self._source = source
-        order = np.random.default_rng(0).permutation(len(source))
-        self._chosen = np.sort(order[:count])
+        self._source, self._chosen = source, indices
 
     def __len__(self) -> int:
         return len(self._chosen)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax.diffusion import paths
 from rae_jax.evaluation import pictures
 from rae_jax.layers import conditioning
 from rae_jax.losses import flow_matching
@@ -25,12 +26,14 @@ from rae_jax.trainers import (
     frozen,
     inputs,
     latent_network,
+    latents,
     sampling,
 )
 from rae_jax.training import optimizers, programs, sharding, state
 
 PICTURES_PER_CLASS = 4
 MAX_PICTURE_CLASSES = 10
+LATENT_KEY = 2**31 - 1
 
 
 def design(config: ConfigDict) -> programs.Design:
@@ -51,25 +54,20 @@ def design(config: ConfigDict) -> programs.Design:
     return programs.Design(
         init=lambda key: state.create_state(make, tx, key),
         step=step,
-        frozen={
-            "encoder": frozen.encoder(config.encoder)[1],
-            "stats": frozen.abstract_stats(config.encoder.sizes),
-        },
-        batch=inputs.abstract_batch(config.data),
+        frozen=latents.frozen(config) | _abstract_align_encoder(config),
+        batch=latents.abstract_batch(config),
         num_steps=config.num_steps,
     )
 
 
 def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     """Loads encoder, statistics and (for pictures) the decoder; assembles the run."""
-    sizes = config.encoder.sizes
-    networks = {
-        "encoder": frozen.load_encoder(config.encoder, workdir),
-        "stats": frozen.load_stats(config.latent_stats, sizes, workdir),
-    }
+    networks = latents.load(config, workdir)
+    if _align_encoder(config) is not None:
+        networks["align_encoder"] = frozen.load_encoder(config.repa.encoder, workdir)
     run = design(config)
     frozen.check_shapes("A frozen network", run.frozen, networks)
-    source = inputs.open_source(config.data, config.data.split)
+    source = inputs.train_source(config.data)
     if source.num_classes > config.model.num_classes:
         raise configs.ConfigError(
             f"model.num_classes = {config.model.num_classes}, but the data has "
@@ -83,19 +81,62 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     )
 
 
+def _align_encoder(config: ConfigDict) -> ConfigDict | None:
+    """Returns the block of the encoder, not that of the latents, that REPA needs."""
+    needed = latent_network.aligns(config) and config.repa.target == "encoder"
+    return config.repa.encoder if needed else None
+
+
+def _abstract_align_encoder(config: ConfigDict) -> dict[str, state.Params]:
+    block = _align_encoder(config)
+    return {} if block is None else {"align_encoder": frozen.encoder(block)[1]}
+
+
+def _make_features(config: ConfigDict):
+    """Returns (networks, batch, z) -> tokens (b, n, d) that REPA aligns with."""
+    if not latent_network.aligns(config):
+        return lambda networks, batch, z: None
+    block = _align_encoder(config)
+    if block is None:
+        return lambda networks, batch, z: _tokens(z)
+    encoder_def, _ = frozen.encoder(block)
+
+    def features(networks, batch, z):
+        encoder = nnx.merge(encoder_def, networks["align_encoder"])
+        return _tokens(rae.encode(encoder, inputs.to_float(batch["image"])))
+
+    return features
+
+
+def _tokens(z: jax.Array) -> jax.Array:
+    return z.reshape(z.shape[0], -1, z.shape[-1])
+
+
 def _make_loss(config: ConfigDict) -> state.LossFn:
-    encoder_def, _ = frozen.encoder(config.encoder)
-    shift, null = latent_network.time_shift(config), config.model.num_classes
-    dropout = config.model.class_dropout_prob
+    latents_of = latents.of_batch(config)
+    null, dropout = config.model.num_classes, config.model.class_dropout_prob
+    features = _make_features(config)
+    predicts_x = config.model.get("prediction", "v") == "x"
+    options = dict(
+        shift=latent_network.time_shift(config),
+        time=config.flow.time,
+        min_time=paths.MIN_TIME_OF_X if predicts_x else 0.0,
+        early_weight=config.flow.get("early_weight", 1.0),
+        align_weight=config.repa.weight if latent_network.aligns(config) else 0.0,
+    )
 
     def loss_fn(model, networks, batch, key):
-        encoder = nnx.merge(encoder_def, networks["encoder"])
-        z = rae.encode(encoder, inputs.to_float(batch["image"]))
-        z = rae.normalize(z, networks["stats"])
+        # Online and cached latents draw the same numbers; a VAE's have their own key.
+        z = latents_of(networks, batch, jax.random.fold_in(key, LATENT_KEY))
         label_key, flow_key = jax.random.split(key)
         y = conditioning.drop_labels(batch["label"], label_key, dropout, null)
         return flow_matching.flow_matching_loss(
-            model, z, y, flow_key, shift=shift, time=config.flow.time
+            model.outputs,
+            z,
+            y,
+            flow_key,
+            features=features(networks, batch, z),
+            **options,
         )
 
     return loss_fn
@@ -139,7 +180,7 @@ def _make_evaluate(
 ):
     if config.decoder == "none":
         return None
-    decoder = autoencoder.find(config.decoder, workdir)
+    decoder = autoencoder.find(config.decoder, workdir, config)
     chain = make_chain(config, workdir, decoder, stats, mesh)
     scale = sampling.complete(config.sampling).guidance_scale
     classes = min(config.model.num_classes, MAX_PICTURE_CLASSES)
