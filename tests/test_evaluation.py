@@ -201,6 +201,16 @@ def test_saved_statistics_are_a_reference(tmp_path):
     np.testing.assert_allclose([scores["fid_30"], scores["sfid_30"]], 0, atol=1e-9)
 
 
+def test_saved_statistics_are_those_of_one_network(tmp_path):
+    path, other = tmp_path / "ref.npz", image_sets.network(name="fd_other")
+    images = measured(image_sets.pictures(30), other)
+    quality.save_statistics(path, images)
+    scores = quality.compare(images, quality.read_reference(other, path)).scores
+    assert abs(scores["fd_other"]) < 1e-9
+    with pytest.raises(ValueError, match="of fd_other features, which inception"):
+        quality.read_reference(image_sets.network(), path)
+
+
 def test_references_that_cannot_be_used(tmp_path):
     path, images = tmp_path / "ref.npz", image_sets.pictures(30)
 

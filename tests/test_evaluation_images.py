@@ -1,5 +1,6 @@
 """`rae-jax evaluate` on samples and images, and the networks that judge them."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -9,13 +10,16 @@ import jax
 import numpy as np
 import pytest
 import seeded
+import tiny_encoders
 from flax import nnx
+from ml_collections import ConfigDict
 from PIL import Image
 
 from rae_jax import config as configs
 from rae_jax import main
+from rae_jax.commands import evaluate
 from rae_jax.evaluation import features, inception_features, pictures, quality
-from rae_jax.models import vit_encoder
+from rae_jax.models import encoders, vit_encoder
 from rae_jax.trainers import generation, inputs, judges, scores
 from rae_jax.training import sharding
 
@@ -103,9 +107,13 @@ def test_generation_quality(fake_generator, tmp_path):
 
 def test_generation_scores_of_efflite0(fake_generator, tmp_path):
     """Streamed; the real images are split as they were when held in memory."""
-    found = scores.generation_scores(
-        *(tmp_path,), num_samples=10, num_reference=40, batch_size=8, seed=0, scale=2.0
+    counts, sizes = [], dict(num_samples=10, num_reference=40, batch_size=8)
+    result = scores.generation_scores(
+        tmp_path, **sizes, seed=0, scale=2.0, progress=counts.append
     )
+    found = result.scores
+    assert counts == [8, 2] * 3  # Samples, not real images.
+    assert "The set has 10 images, fewer than 10000" in result.notes[0]
     generator, net = FakeGenerator(), image_sets.network(8, 1, features.EFFLITE0)
     data = generator.config.data
     with inputs.eval_batches(data, data.split, limit=50) as batches:
@@ -131,6 +139,28 @@ def test_generation_scores_of_efflite0(fake_generator, tmp_path):
         scores.generation_scores(
             tmp_path, num_samples=600, num_reference=1000, batch_size=8, seed=0
         )
+
+
+def test_evaluation_of_a_run_without_weights(
+    fake_generator, capsys, monkeypatch, tmp_path
+):
+    """fd_efflite0, what FID needs, and how little so few samples say."""
+    configs.save_config(chain.load("latent_diffusion"), tmp_path / "config.json")
+    monkeypatch.setattr(evaluate, "LINE_SECONDS", 0.0)
+    few = ("--num-samples", 10, "--num-reference", 40, "--batch-size", 8)
+    status, text = run(capsys, "evaluate", tmp_path, *few)
+    assert status == 0, text
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {"fd_efflite0_samples", "fd_efflite0_real_train"} <= set(found)
+    assert "The set has 10 images, fewer than 10000" in text
+    assert "gFID, which was not measured" in text and "--reference REF.npz" in text
+    for url in inception_features.URLS:
+        assert url in text
+    assert "30 images measured (" in text and " images/s)" in text
+    given = ("--reference", tmp_path / "ref.npz")
+    status, text = run(capsys, "evaluate", tmp_path, *few, *given)
+    assert status == 1 and "--efflite0 measures fd_efflite0" in text
+    assert inception_features.URLS[0] in text
 
 
 # Images without a run.
@@ -240,8 +270,8 @@ def test_inception_files_that_cannot_be_used(tmp_path):
         inception_features.load(path)
 
 
-def test_distances_in_an_encoder(tmp_path):
-    """The mean of its patch tokens, after the last norm with its affine part."""
+def test_distances_in_an_encoder(tmp_path, capsys):
+    """The mean of its patch tokens or the class token, after the affine norm."""
     sizes = dict(
         image_size=28,
         patch_size=14,
@@ -265,6 +295,70 @@ def test_distances_in_an_encoder(tmp_path):
     )
     assert net.name == "fd_dinov2_mean"
     np.testing.assert_allclose(net(images)["pool"], tokens.mean(axis=1), atol=1e-5)
+    command = ("evaluate", tmp_path / "a", "--reference", tmp_path / "b")
+    command += ("--encoder", tmp_path / "encoder", "--encoder-token", "cls")
+    sets = [write_images(tmp_path / name, 4, i) for i, name in enumerate("ab")]
+    status, text = run(capsys, *command, "--out", tmp_path / "scores.json")
+    assert status == 0, text
+    make = ("evaluate", tmp_path / "b", *command[4:])
+    status, text = run(capsys, *make, "--save-statistics", tmp_path / "b.npz")
+    assert status == 0, text
+    net = features.make_encoder(tmp_path / "encoder", token="cls", batch_size=8)
+    found = json.loads((tmp_path / "scores.json").read_text())["fd_dinov2_cls"]
+    a, b = (quality.measure(net, [x], "images") for x in sets)
+    assert found == pytest.approx(quality.compare(a, b).scores["fd_dinov2_cls"])
+    b = quality.read_reference(net, tmp_path / "b.npz")
+    assert found == pytest.approx(quality.compare(a, b).scores["fd_dinov2_cls"])
+    status, text = run(capsys, *make, "--efflite0", "--save-statistics", "x.npz")
+    assert status == 1 and "a file holds those of one network" in text
+    # The class token of the same network: at its size, of the same pixels.
+    x = jax.device_get(net(images)["pool"])
+    expected = nnx.jit(lambda encoder, x: encoder.class_token(x))(
+        encoder, (images / np.float32(255) - mean) / std
+    )
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+    assert np.abs(x - tokens.mean(axis=1)).max() > 0.1
+
+
+def test_only_the_published_encoder_has_the_published_name():
+    def shapes(preset, **changes):
+        block = encoders.PRESETS[preset]
+        sizes = block["sizes"] | changes
+        make = functools.partial(encoders.make_encoder, block["name"], **sizes)
+        return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+
+    large = shapes("dinov2_noreg_l")
+    assert features.distance_name(large, "cls") == "fd_dinov2"
+    assert features.distance_name(large, "mean") == "fd_dinov2_mean"
+    for encoder, family in (
+        (shapes("dinov2_l"), "dinov2_with_registers"),
+        (shapes("dinov2_noreg_b"), "dinov2"),
+        (shapes("dinov2_noreg_l", image_size=518), "dinov2"),
+    ):
+        assert features.distance_name(encoder, "cls") == f"fd_{family}_cls"
+
+
+def test_encoders_that_a_config_names(tmp_path):
+    """While training; by a path from the workdir, or a hub id."""
+    (tmp_path / "encoder").mkdir()
+    config = chain.load("rae_decoder", "evaluation.encoder_token=cls")
+    for source, path in (
+        ("../encoder", str(tmp_path / "encoder")),
+        ("facebook/dinov2-large", "facebook/dinov2-large"),
+    ):
+        config.evaluation.encoder = source
+        found = judges.configured(config, tmp_path / "run")
+        assert (found.encoder, found.encoder_token) == (path, "cls")
+    older = ConfigDict(dict(evaluation=dict(encoder="x")))
+    assert judges.configured(older, tmp_path).encoder_token == "mean"
+
+
+def test_tokens_that_there_are_not(tmp_path):
+    with pytest.raises(configs.ConfigError, match="encoder token 'class'.*'cls'"):
+        features.make_encoder(tmp_path, token="class")
+    tiny_encoders.make("siglip", normalize=False).save_pretrained(tmp_path)
+    with pytest.raises(configs.ConfigError, match="'siglip' have no class token"):
+        features.make_encoder(tmp_path, token="cls")
 
 
 # Pictures.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from rae_jax import config as configs
+from rae_jax.evaluation import rates
 
 HELP = "Measure a run or a set of images: FID, PSNR, SSIM, LPIPS, probe accuracy."
 RESULT_NAME = "evaluation.json"
@@ -20,6 +22,8 @@ ROBUSTNESS_NAME = "robustness"
 LATENTS_NAME = "latents"
 _BATCH_SIZE = 32
 DECODER = {"trainer": "rae_decoder"}
+LINE_SECONDS = 30.0  # Between lines of progress where there is no terminal.
+TOKENS = ("mean", "cls")  # As in evaluation.features.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +60,14 @@ def _add_judges(parser: argparse.ArgumentParser) -> None:
     )
     add("--reference", default="", metavar="REF", help=reference)
     add("--efflite0", action="store_true", help="fd_efflite0: needs no weight file")
-    encoder = "distance in the mean token of a pretrained encoder: hub id or folder"
+    encoder = "distance in a token of a pretrained encoder: hub id or folder"
     add("--encoder", default="", metavar="SRC", help=encoder)
-    save = "write the statistics of IMAGES, for later use as --reference"
+    token = (
+        "mean of the patch tokens (default), or the class token: with --encoder "
+        "facebook/dinov2-large that is fd_dinov2, the FD-DINOv2 of papers"
+    )
+    add("--encoder-token", choices=TOKENS, default=TOKENS[0], help=token)
+    save = "write the statistics of IMAGES in one network, for later use as --reference"
     add("--save-statistics", type=Path, metavar="OUT.npz", help=save)
 
 
@@ -127,8 +136,19 @@ def _run_scores(
         batch_size=args.batch_size or _BATCH_SIZE,
         seed=args.seed,
         scale=args.guidance_scale,
+        progress=progress,
     )
-    return found, ()
+    return found.scores, (*found.notes, _no_fid())
+
+
+def _no_fid() -> str:
+    from rae_jax.evaluation import inception_features
+
+    return (
+        "fd_efflite0 needs no downloads and is not comparable with gFID, which was "
+        f"not measured. {inception_features.WHERE}\nSamples are then compared with "
+        "--reference REF.npz, such as ADM's VIRTUAL_imagenet256_labeled.npz."
+    )
 
 
 def _is_autoencoder(args: argparse.Namespace) -> bool:
@@ -216,6 +236,7 @@ def _judges(args: argparse.Namespace) -> Any:
         inception=args.inception,
         efflite0=args.efflite0,
         encoder=args.encoder,
+        encoder_token=args.encoder_token,
         reference=args.reference,
         batch_size=args.batch_size or _BATCH_SIZE,
     )
@@ -258,10 +279,22 @@ def _only(option: str, trainer: str, config: Any) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
+    """Shows how many images were done, and how fast; in a log file, line by line."""
     columns = (SpinnerColumn(), TextColumn("measured"), MofNCompleteColumn())
-    with Progress(*columns, TextColumn("images"), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda count: bar.advance(task, count)
+    fields = TextColumn("images {task.fields[speed]}")
+    with Progress(*columns, fields, transient=True) as bar:
+        task = bar.add_task("", total=None, speed="")
+        rate, done, printed = rates.Rate(), 0, time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal done, printed
+            speed, done, now = rate(count), done + count, time.monotonic()
+            bar.update(task, advance=count, speed=f"({speed})")
+            if not bar.console.is_terminal and now - printed >= LINE_SECONDS:
+                print(f"{done} images measured ({speed})", flush=True)
+                printed = now
+
+        yield advance
 
 
 def _report(out: Path | None, scores: Mapping[str, float], notes: Iterable[str]) -> int:
@@ -276,8 +309,11 @@ def _report(out: Path | None, scores: Mapping[str, float], notes: Iterable[str])
 
 
 def _write(out: Path, content: Mapping[str, Any]) -> None:
+    from rae_jax.training import distributed
+
     text = json.dumps(dict(content), indent=2, sort_keys=True)
-    configs.write_atomically(out, text.encode())
+    if distributed.is_main():
+        configs.write_atomically(out, text.encode())
 
 
 def _print_notes(notes: Iterable[str]) -> None:

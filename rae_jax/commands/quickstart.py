@@ -156,7 +156,7 @@ def evaluate(workdir: Path, num_samples: int) -> None:
             batch_size=32,
             seed=0,
             folder=workdir,
-        ),
+        ).scores,
     }
     configs.write_atomically(result, json.dumps(found).encode())
 

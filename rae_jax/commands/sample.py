@@ -1,7 +1,6 @@
 """`rae-jax sample`: images from a trained diffusion model."""
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,15 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from rae_jax import config as configs
+from rae_jax.data import class_names
+from rae_jax.evaluation import rates
 
 HELP = "Generate images with a latent_diffusion run, or with converted weights."
 EXAMPLES = """\
   rae-jax sample runs/dit_dh --out samples.png
   rae-jax sample runs/dit_dh --guidance-scale 1,1.5,2 --sampler heun --out scale.png
   rae-jax sample --model dit-dh-xl-256 --autoencoder rae-dinov2-b \\
-      --labels 207,360 --num-samples 8 --out samples.png
+      --labels "golden retriever,otter,88" --num-samples 9 --out samples.png
   rae-jax sample --model dit-dh-xl-256 --autoencoder rae-dinov2-b \\
       --guide dit-dh-s-256-ep14 --guidance-scale 1.42 --num-samples 50000 --out 50k.npz
+  rae-jax sample runs/early --guidance internal --guidance-scale 1.5 --out early.png
 
 SRC is a file or folder of any layout (see rae-jax convert), a hub id, a name of a
 published model, or the workdir of a run.
@@ -29,6 +31,9 @@ published model, or the workdir of a run.
 The same command continues an .npz or a folder where it was interrupted. Its images are
 a function of the seed and their numbers: neither batch size nor devices change them.
 """
+AUTOGUIDANCE = "autoguidance"
+GUIDANCE = ("cfg", AUTOGUIDANCE, "internal")  # As in trainers.sampling.
+_SHOWN = 20  # Classes that are printed.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=32, help="default 32")
     add("--seed", type=int, default=0, help="default 0")
     labels = (
-        "classes by number, or by name where the run's data has names (those of "
-        "ImageNet do not travel with this package), separated by commas; default: all"
+        "classes by number or name, separated by commas: names of the run's data, or "
+        "ImageNet's where the network has its 1000 classes; default: all"
     )
     add("--labels", help=labels)
     mode = "equal numbers of each class, or each sample's at random; default balanced"
@@ -75,6 +80,12 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--final-zero", action=argparse.BooleanOptionalAction, help=zero)
     scale = "1 for none; several give one output each, with the scale in its name"
     add("--guidance-scale", metavar="S[,S...]", help=scale)
+    kind = (
+        "against no class (cfg), a weaker network (autoguidance: --guide) or the "
+        "network's own early head (internal: trained with model.early_depth); "
+        "default: autoguidance with --guide, else the config's or cfg"
+    )
+    add("--guidance", choices=GUIDANCE, help=kind)
     add("--guidance-interval", metavar="LOW,HIGH", help="times at which guidance acts")
     add("--guide", metavar="SRC", help="weaker diffusion transformer: autoguidance")
 
@@ -88,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     labels = choose_labels(
         args.labels, names, args.num_samples, args.seed, args.label_mode
     )
+    if args.labels:
+        print(f"classes: {describe_classes(labels, names)}")
     for scale in scales or (usual,):
         settings = {
             "dtype": args.dtype or "",
@@ -111,24 +124,30 @@ def _sample(
 ) -> None:
     """Makes and writes what is missing of one output."""
     from rae_jax.evaluation import writing
+    from rae_jax.training import distributed
 
     scale, out, latents = settings["guidance_scale"], args.out, args.latents
     if named:
         out, latents = with_scale(out, scale), latents and with_scale(latents, scale)
     if latents or out.suffix != ".png":  # What can be continued.
         settings = settings | generator.describe()
-    outputs = [writing.open_images(out, labels, settings)]
-    if latents:
-        stats = generator.stats
-        outputs.append(writing.open_latents(latents, labels, stats, settings))
-    missing = np.unique(np.concatenate([output.missing() for output in outputs]))
+    outputs = []
+    if distributed.is_main():
+        outputs.append(writing.open_images(out, labels, settings))
+        if latents:
+            stats = generator.stats
+            outputs.append(writing.open_latents(latents, labels, stats, settings))
+    wanted = np.zeros(len(labels), bool)
+    for output in outputs:
+        wanted[output.missing()] = True
+    missing = np.flatnonzero(distributed.from_main(wanted))
     batches = generator.batches(
         labels,
         scale=scale,
         seed=args.seed,
         batch_size=args.batch_size,
         index=missing,
-        latents=len(outputs) > 1,
+        latents=bool(latents),
     )
     with _progress(len(labels), len(labels) - len(missing)) as advance:
         for drawn in batches:
@@ -147,22 +166,14 @@ def _sample(
 
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Any]:
-    """Shows a bar; yields a function (count) -> "3.2 images/s".
-
-    The rate leaves out the first batch, which compiles, unless there is no other.
-    """
+    """Shows a bar; yields a function (count) -> "3.20 images/s"."""
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TextColumn("{task.fields[speed]}"), TimeLeft()) as bar:
         task = bar.add_task("", total=total, completed=done, speed="")
-        start, counted, batches = time.monotonic(), 0, 0
+        rate = rates.Rate()
 
         def advance(count: int) -> str:
-            nonlocal start, counted, batches
-            batches, counted = batches + 1, counted + count
-            now = time.monotonic()
-            speed = f"{counted / max(now - start, 1e-9):.2f} images/s"
-            if batches == 1:
-                start, counted = now, 0
+            speed = rate(count)
             bar.update(task, advance=count, speed=speed)
             return speed
 
@@ -190,7 +201,9 @@ def load(
     changes = sampling_changes(args)
     if args.workdir is not None:
         if args.guide:
-            changes |= dict(guidance="autoguidance", guide=_guide(args.guide))
+            changes |= dict(guidance=AUTOGUIDANCE, guide=_guide(args.guide))
+        elif args.guidance not in (None, AUTOGUIDANCE):
+            changes["guide"] = ""  # The config's is for another guidance.
         generator = generation.load(args.workdir, args.decoder or "", **changes)
         names = inputs.class_names(generator.config.data, generator.num_classes)
         return generator, names, generator.config.sampling.guidance_scale
@@ -211,6 +224,7 @@ def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
         name=args.sampler,
         num_points=args.num_points,
         final_zero=args.final_zero,
+        guidance=args.guidance,
         guidance_interval=parse_interval(args.guidance_interval),
     )
     if args.sampler or args.sampler_option:
@@ -240,11 +254,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.workdir is None and args.decoder:
         raise configs.ConfigError("--decoder goes with a workdir; give --autoencoder.")
-    if args.guide and args.guidance_scale is None:
+    _check_guidance(args)
+
+
+def _check_guidance(args: argparse.Namespace) -> None:
+    if args.guide and args.guidance not in (None, AUTOGUIDANCE):
         raise configs.ConfigError(
-            "Give --guidance-scale for the --guide; the published results have 1.42 at "
-            "256 pixels and 1.5 at 512."
+            f"--guide goes with --guidance {AUTOGUIDANCE}, not {args.guidance}."
         )
+    is_auto = args.guidance == AUTOGUIDANCE
+    if is_auto and args.workdir is None and not args.guide:
+        raise configs.ConfigError(
+            f"--guidance {AUTOGUIDANCE} needs --guide SRC, a weaker network."
+        )
+    if args.guidance_scale is not None or not (args.guide or args.guidance):
+        return
+    hint = "; the published results have 1.42 at 256 pixels and 1.5 at 512"
+    raise configs.ConfigError(
+        f"Give --guidance-scale for {'the --guide' if args.guide else '--guidance'}"
+        f"{hint if args.guide else ', such as 1.5'}."
+    )
 
 
 def parse_scales(text: str | None) -> tuple[float, ...]:
@@ -284,14 +313,15 @@ def choose_labels(
 
     Args:
         text: Names and numbers, separated by commas; None for all.
-        names: Names of the classes.
+        names: Names of the classes; see `class_names.find`.
         count: Number of labels.
         seed: Of their order, and of the choice if it is random.
         mode: "balanced" takes named classes in turn, all in random order; "random"
             chooses anew for every sample.
 
     Raises:
-        ConfigError: For a class that is neither a name nor a number of one.
+        ConfigError: For what is neither a class's name nor its number, or is the name
+            of several.
     """
     from rae_jax.evaluation import generate
 
@@ -299,13 +329,17 @@ def choose_labels(
         return generate.balanced_labels(count, len(names), seed)
     chosen = []
     for word in (part.strip() for part in text.split(",")) if text else ():
-        if word in names:
-            chosen.append(names.index(word))
-        elif word.isdigit() and int(word) < len(names):
-            chosen.append(int(word))
-        else:
-            raise configs.ConfigError(configs.suggest(word, names, "class"))
+        chosen.append(class_names.find(word, names))
     classes = np.asarray(chosen if text else range(len(names)), np.int32)
     if mode == "random":
         return classes[generate.random_labels(count, len(classes), seed)]
     return np.resize(classes, count)
+
+
+def describe_classes(labels: np.ndarray, names: Sequence[str]) -> str:
+    """Returns classes with their first names: "207 golden retriever, 0 tench"."""
+    found = list(dict.fromkeys(labels.tolist()))
+    first = class_names.names_of(names)
+    words = [f"{i} {first[i][0]}" if first[i][0] != str(i) else str(i) for i in found]
+    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + more

@@ -8,6 +8,7 @@ import numpy as np
 
 from rae_jax.data import loader
 from rae_jax.evaluation import extractors, quality, reconstruction
+from rae_jax.training import distributed
 
 Batch = Mapping[str, np.ndarray]
 Arrays = Mapping[str, jax.Array]
@@ -52,11 +53,11 @@ def score_versions(
     sets: dict[tuple[Any, str], quality.Collector] = {}
     for batch in batches:
         arrays = loader.to_global(dict(batch), rows)
-        mask = extractors.to_host(arrays["mask"])
+        mask = distributed.to_host(arrays["mask"])
         for collector in real.values():
             _collect(collector, arrays["image"], mask)
         for key, recon in versions(arrays):
-            values = extractors.to_host(score(arrays["image"], recon))
+            values = distributed.to_host(score(arrays["image"], recon))
             before = means.get(key, reconstruction.ReconstructionScores())
             means[key] = before.add(values, mask)
             for network in networks:
@@ -101,7 +102,7 @@ def _collect(collector: quality.Collector, images: jax.Array, mask: np.ndarray) 
         collector.add(np.asarray(images)[mask != 0])
     else:
         features = collector.extractor(images)
-        collector.add_features(extractors.to_host(features), mask)
+        collector.add_features(distributed.to_host(features), mask)
 
 
 def _joined(

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rae_jax.training import sharding
@@ -75,10 +74,3 @@ class Extractor:
         placed = jax.device_put(np.concatenate([images, copies]), rows)
         found = self._features(self._params, placed)
         return {name: values[:count] for name, values in found.items()}
-
-
-def to_host(tree: Any) -> Any:
-    """Copies arrays to the host, whole on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rae_jax.training import distributed
+
 # Called as sample(index (b,), labels (b,)); returns arrays with the batch first.
 Sample = Callable[[jax.Array, jax.Array], Any]
 
@@ -101,7 +103,7 @@ def generate(
 
 
 def _fetch(batch: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: x[:count], jax.device_get(batch))
+    return jax.tree.map(lambda x: x[:count], distributed.to_host(batch))
 
 
 def draw(

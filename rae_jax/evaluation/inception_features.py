@@ -22,12 +22,13 @@ URLS = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth",
 )
-HOW_TO_GET = (
+WHERE = (
     "FID, sFID, Inception Score, precision and recall need the weights of the FID "
     "Inception network (95 MB). Fetch either of these files, which hold the same "
-    "network, and give it by --inception FILE:\n  "
-    + "\n  ".join(URLS)
-    + "\nWithout them, --efflite0 measures fd_efflite0: the same distance in the "
+    "network, and give it by --inception FILE:\n  " + "\n  ".join(URLS)
+)
+HOW_TO_GET = WHERE + (
+    "\nWithout them, --efflite0 measures fd_efflite0: the same distance in the "
     "features of a network that a Python package carries. It is not comparable with "
     "FID."
 )

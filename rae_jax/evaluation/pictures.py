@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rae_jax.training import distributed
+
 GAP = 2
 ZOOM = 2
 ERROR_LIMIT = 0.25
@@ -20,6 +22,8 @@ def save_rows(path: Path, rows: Sequence[np.ndarray], *, zoom: int = ZOOM) -> No
         zoom: Size of a pixel in the file.
     """
     strips = [_strip(to_pixels(row)) for row in rows]
+    if not distributed.is_main():
+        return
     width = max(strip.shape[1] for strip in strips)
     gap = np.full((GAP, width, 3), 255, np.uint8)
     parts = [gap]
@@ -44,7 +48,7 @@ def save_grid(
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
     """Maps floats in [0, 1] to uint8 by rounding, for eyes; uint8 stays."""
-    images = np.asarray(images)
+    images = distributed.to_host(images)
     if images.dtype == np.uint8:
         return images
     return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)

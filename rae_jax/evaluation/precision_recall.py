@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rae_jax.training import sharding
+from rae_jax.training import distributed, sharding
 
 NEIGHBOURS = 3  # ADM's evaluator.
 _ROWS, _COLUMNS = 2048, 8192
@@ -70,7 +70,7 @@ def _squared_radii(x: np.ndarray, neighbours: int, mesh: Mesh) -> np.ndarray:
         best = jnp.full((len(rows), neighbours + 1), jnp.inf)
         for columns, valid in _column_blocks(x):
             best = _smallest(rows, columns, valid, best)
-        found.append(np.asarray(best[:, -1])[:count])
+        found.append(distributed.to_host(best[:, -1])[:count])
     return np.concatenate(found)
 
 
@@ -84,7 +84,7 @@ def _share_inside(
             part = reach[k * _COLUMNS : (k + 1) * _COLUMNS]
             limit = np.pad(part, (0, len(columns) - len(part)))
             hit = hit | _inside(rows, columns, valid, limit)
-        inside += int(np.asarray(hit)[:count].sum())
+        inside += int(distributed.to_host(hit)[:count].sum())
     return inside / len(points)
 
 

@@ -19,10 +19,12 @@ from rae_jax.evaluation import (
     precision_recall,
     streaming,
 )
+from rae_jax.training import distributed
 
 Progress = Callable[[int], None]
 
 ENOUGH = 10_000
+_NETWORK = "network"  # Name of what the statistics are of.
 # Arrays of ADM's reference files, by our feature names.
 _STATISTICS = {
     extractors.POOL: ("mu", "sigma"),
@@ -96,7 +98,7 @@ class Collector:
         self._held = [images[whole:]]
 
     def _extract(self, images: np.ndarray) -> None:
-        self.add_features(extractors.to_host(self.extractor(images)))
+        self.add_features(distributed.to_host(self.extractor(images)))
 
     def add_features(
         self, features: Mapping[str, np.ndarray], mask: np.ndarray | None = None
@@ -169,7 +171,7 @@ def read_reference(
         extractor: The feature network.
         path: An .npz with statistics (mu, sigma and for sFID mu_s, sigma_s), images
             (arr_0) or both, as ADM released them; or a folder of images. Statistics
-            are those of Inception, so other networks need images.
+            are those of Inception, unless `save_statistics` wrote which they are of.
         keep: Whether features are needed for precision and recall; they come from
             the images alone.
         progress: Called with the number of images just done.
@@ -181,7 +183,7 @@ def read_reference(
     path = Path(path).expanduser()
     names = streaming.array_names(path) if path.is_file() else []
     stored = {}
-    if extractor.name == inception_features.NAME:
+    if _network(path, names) == extractor.name:
         stored = _read_statistics(path, names)
     has_images = path.is_dir() or streaming.ARRAY in names
     if not has_images and not stored and path.is_file():
@@ -199,8 +201,14 @@ def read_reference(
 
 
 def save_statistics(path: Path, measured: Measured) -> None:
-    """Writes mean and covariance with the names of ADM's references, and the count."""
-    arrays = {"count": np.asarray(measured.count or 0)}
+    """Writes mean and covariance with the names of ADM's references.
+
+    Beside them "count", and "network": the name of what measured the images.
+    """
+    arrays = {
+        "count": np.asarray(measured.count or 0),
+        _NETWORK: np.asarray(measured.extractor),
+    }
     for name, (mean, covariance) in _STATISTICS.items():
         if name in measured.gaussians:
             found = measured.gaussians[name]
@@ -301,6 +309,15 @@ def count_label(count: int | None) -> str:
     return str(count)
 
 
+def _network(path: Path, names: list[str]) -> str:
+    """Returns of which network a file's statistics are."""
+    if _NETWORK not in names:
+        return inception_features.NAME
+    with np.load(path, allow_pickle=False) as file:
+        name = file[_NETWORK]
+    return str(name) if name.dtype.kind == "U" else inception_features.NAME
+
+
 def _read_statistics(path: Path, names: list[str]) -> dict[str, frechet.Gaussian]:
     found = {}
     for feature, (mean, covariance) in _STATISTICS.items():
@@ -321,11 +338,12 @@ def _count(gaussians: Mapping[str, frechet.Gaussian]) -> int | None:
 
 
 def _no_reference(extractor: extractors.Extractor, path: Path, names: list[str]) -> str:
-    if "mu" in names and extractor.name != inception_features.NAME:
+    if "mu" in names and _network(path, names) != extractor.name:
         return (
-            f"{path} holds statistics of Inception features, which {extractor.name} "
-            "cannot be compared with. Give reference images: a folder or an .npz with "
-            f"{streaming.ARRAY!r}."
+            f"{path} holds statistics of {_network(path, names)} features, which "
+            f"{extractor.name} cannot be compared with. Give reference images, a "
+            f"folder or an .npz with {streaming.ARRAY!r}; or statistics of them, made "
+            "by rae-jax evaluate --save-statistics with the same network."
         )
     return (
         f"{path} holds {sorted(names)}: neither statistics (mu, sigma) nor images "

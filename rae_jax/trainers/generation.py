@@ -77,7 +77,7 @@ def load(workdir: Path, decoder: str = "", **changes: Any) -> Generator:
             "The run names no decoder; give the workdir of one by --decoder."
         )
     mesh = sharding.make_mesh(-1)
-    loaded = autoencoder.find(decoder, workdir)
+    loaded = autoencoder.find(decoder, workdir, config)
     stats = frozen.load_stats(config.latent_stats, config.encoder.sizes, workdir)
     chain = latent_diffusion.make_chain(config, workdir, loaded, stats, mesh)
     dit = sharding.place(checkpoints.load_params(workdir), mesh)
@@ -137,6 +137,7 @@ def load_converted(
             shift=schedules.dimension_shift(math.prod(shape)),
             network=type(networks["dit"]),
             num_classes=classes,
+            early_depth=networks["dit"].early_depth,
         ),
         graphs={name: nnx.graphdef(network) for name, network in networks.items()},
         decode=decode,

@@ -23,11 +23,11 @@ class Judges:
     Attributes:
         inception: Weight file of the FID Inception; empty for none.
         efflite0: Whether to measure fd_efflite0.
-        encoder: Hub id, folder or file of a pretrained encoder, for the distance of
-            its mean tokens; empty for none.
+        encoder: Hub id, folder or file of a pretrained encoder; empty for none.
         reference: Statistics or images that sets are compared with; where it is
             empty, reconstructions are compared with their originals.
         batch_size: Images at a time.
+        encoder_token: Which of the encoder's tokens is compared: "mean" or "cls".
     """
 
     inception: str = ""
@@ -35,6 +35,7 @@ class Judges:
     encoder: str = ""
     reference: str = ""
     batch_size: int = 64
+    encoder_token: str = features.MEAN
 
     def networks(self, mesh: Mesh | None = None) -> tuple[extractors.Extractor, ...]:
         """Loads the networks.
@@ -51,7 +52,8 @@ class Judges:
         if self.efflite0:
             found.append(features.make_efflite0(**options))
         if self.encoder:
-            found.append(features.make_encoder(self.encoder, **options))
+            encoder = dict(token=self.encoder_token, **options)
+            found.append(features.make_encoder(self.encoder, **encoder))
         return tuple(found)
 
     def references(
@@ -87,7 +89,7 @@ def configured(config: ConfigDict, workdir: Path) -> Judges:
     given = {
         f.name: block[f.name] for f in dataclasses.fields(Judges) if f.name in block
     }
-    for name in ("inception", "reference"):
+    for name in ("inception", "encoder", "reference"):
         if given.get(name):
             given[name] = str(frozen.resolve(given[name], workdir))
     return Judges(**given)
@@ -119,8 +121,11 @@ def compare_images(
     networks = judges.networks()
     if not networks:
         raise ValueError(inception_features.HOW_TO_GET)
-    if save_statistics is not None and not any(map(is_inception, networks)):
-        raise ValueError("--save-statistics needs --inception FILE.")
+    if save_statistics is not None and len(networks) > 1:
+        raise ValueError(
+            "--save-statistics: a file holds those of one network; give one of "
+            "--inception, --efflite0 and --encoder."
+        )
     if not judges.reference and save_statistics is None:
         raise ValueError(
             f"{path} needs something to be compared with: --reference REF.npz, a "
@@ -139,7 +144,7 @@ def compare_images(
             keep=keep and is_inception(net),
             progress=progress,
         )
-        if save_statistics is not None and is_inception(net):
+        if save_statistics is not None:
             quality.save_statistics(save_statistics, found)
         if net.name in references:
             result = quality.compare(found, references[net.name])

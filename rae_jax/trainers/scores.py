@@ -16,13 +16,20 @@ from rae_jax.evaluation import (
     pictures,
     quality,
 )
-from rae_jax.trainers import decoder_scores, generation, inputs, registry
+from rae_jax.trainers import (
+    decoder_scores,
+    generation,
+    inputs,
+    online_samples,
+    registry,
+)
 from rae_jax.trainers import judges as judging
 from rae_jax.training import checkpoints, sharding
 
 COLUMNS = 8
 STRIP_POINTS = 9
 STRIP_ROWS = 5
+_GENERATED = ("samples", "guided", "untrained")
 
 
 def run_scores(workdir: Path) -> dict[str, float]:
@@ -38,7 +45,7 @@ def run_scores(workdir: Path) -> dict[str, float]:
     config = configs.read_config(workdir / checkpoints.CONFIG_NAME)
     if config.trainer == "rae_decoder":
         return decoder_scores.decoder_scores(workdir).scores
-    mesh = sharding.make_mesh(config.mesh.data)
+    mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         program = registry.trainer(config).build(config, workdir, mesh)
         if program.evaluate is None:
@@ -58,7 +65,8 @@ def generation_scores(
     seed: int,
     scale: float | None = None,
     folder: Path | None = None,
-) -> dict[str, float]:
+    progress: quality.Progress = lambda count: None,
+) -> quality.Result:
     """Returns Frechet distances of samples and of real images to training images.
 
     All sets that are compared have `num_samples` images, because the distance grows
@@ -74,6 +82,7 @@ def generation_scores(
         seed: Of the samples.
         scale: Guidance scale compared with none; the config's if None.
         folder: Where pictures go; the workdir if None.
+        progress: Called with the number of samples just done.
 
     Raises:
         ValueError: If there are too few training images.
@@ -97,15 +106,15 @@ def generation_scores(
     kept = {}
     for name, batches in sets.items():
         picker = _Picker(batches, shown)
-        measured[name] = quality.measure(net, picker, name)
+        counted = dict(progress=progress) if name in _GENERATED else {}
+        measured[name] = quality.measure(net, picker, name, **counted)
         kept[name] = picker.chosen
     save_pictures(generator, shown, kept, scale, seed, folder or Path(workdir))
-    found = {
-        f"{net.name}_{name}": quality.compare(m, reference).scores[net.name]
-        for name, m in measured.items()
-    }
+    results = {name: quality.compare(m, reference) for name, m in measured.items()}
+    found = {f"{net.name}_{name}": r.scores[net.name] for name, r in results.items()}
     counts = {"num_samples": num_samples, "num_reference": reference.count}
-    return found | counts | {"guidance_scale": scale}
+    found |= counts | {"guidance_scale": scale}
+    return quality.Result(found, results["samples"].notes)
 
 
 def generation_quality(
@@ -146,23 +155,18 @@ def generation_quality(
     scale = generator.config.sampling.guidance_scale if scale is None else scale
     labels = generate.balanced_labels(num_samples, generator.num_classes, seed)
     references = judges.references(networks, keep=True)
-    sets = [
-        quality.Collector(net, "the samples", keep=judging.is_inception(net))
-        for net in networks
-    ]
-    options = dict(scale=scale, seed=seed, batch_size=judges.batch_size)
-    for images in generator.images(labels, **options):
-        for collector in sets:
-            collector.add(images)
-        progress(len(images))
+    found = online_samples.measure(
+        generator,
+        networks,
+        references,
+        labels,
+        scale=scale,
+        seed=seed,
+        batch_size=judges.batch_size,
+        progress=progress,
+    )
     scores = {"num_samples": num_samples, "guidance_scale": scale}
-    notes: list[str] = []
-    for collector in sets:
-        reference = references[collector.extractor.name]
-        result = quality.compare(collector.finish(), reference, prefix="g")
-        scores |= result.scores
-        notes += [note for note in result.notes if note not in notes]
-    return quality.Result(scores, tuple(notes))
+    return quality.Result(scores | found.scores, found.notes)
 
 
 def save_pictures(
