@@ -161,8 +161,10 @@ def get_config(variant: str = "xl") -> ConfigDict:
     c.evaluation = dict(  # Beside PSNR, SSIM and LPIPS, every.evaluate steps.
         inception="",  # Weights of the FID Inception: measures rFID.
         efflite0=False,
-        encoder="",
+        encoder="",  # Hub id or folder: distance in its tokens.
+        encoder_token="mean",  # "cls" with facebook/dinov2-large is FD-DINOv2.
         reference="",  # .npz or folder; the validation images themselves if empty.
         batch_size=64,
+        best="",  # Score, such as rfid_50k, whose best checkpoint is kept in best/.
     )
     return config.apply_variant(c, VARIANTS, variant)

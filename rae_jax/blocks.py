@@ -13,14 +13,16 @@ def run(trainer: str, *, num_steps: int, seed: int = 42) -> ConfigDict:
     config.seed = seed
     config.num_steps = num_steps
     config.keep = 2  # Newest checkpoints on disk.
-    config.fsdp = False  # Shard large arrays of the state over the mesh.
-    config.mesh = dict(data=-1)  # Devices; -1 for all.
+    # Devices of each axis; -1 for all that are left. `data` holds replicas, `fsdp`
+    # splits states and batches, `tensor` attention heads and the width of MLPs.
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.every = dict(log=100, checkpoint=5_000, evaluate=25_000)
     config.guard = dict(
         spike_factor=0.0,  # Counts gradients and losses beyond this many means; 0: off.
         skip=False,  # Leave out steps of such gradients, and of those not finite.
         max_skips=10,  # In a row; more stop the run.
     )
+    config.watchdog = 0.0  # Seconds without a step that end the run; 0: never.
     return config
 
 
@@ -33,9 +35,12 @@ def data(**changes: Any) -> dict[str, Any]:
         image_size=256,
         transform="center_crop",
         flip=True,
+        resampling="pillow",  # simd: twice as fast, not to the bit; training alone.
         batch_size=1024,
+        limit=0,  # Training images used, a fixed random choice; 0: all.
         num_workers=16,
         validation_size=50_000,
+        latents="",  # Folder of cached latents, in the place of images (stage 2).
     )
     return block | changes
 
@@ -109,6 +114,77 @@ def pretrained_encoder(preset: Mapping[str, Any], **sizes: Any) -> dict[str, Any
     """
     base = dict(normalize=True, layers=(), layer_mode="mean_global", dtype="float32")
     return dict(preset) | dict(sizes=base | preset["sizes"] | sizes)
+
+
+def latent_diffusion(
+    *,
+    network: str,
+    model: Mapping[str, Any],
+    num_steps: int,
+    encoder: Mapping[str, Any],
+    align_encoder: Mapping[str, Any],
+) -> ConfigDict:
+    """Returns a run of stage 2, AdamW at a constant rate but for `optimizer`.
+
+    Args:
+        network: Key of `trainers.latent_network.NETWORKS`.
+        model: Its sizes.
+        num_steps: Length.
+        encoder: Block of the encoder whose latents are generated.
+        align_encoder: Block of the encoder whose features REPA aligns with.
+    """
+    c = run("latent_diffusion", num_steps=num_steps)
+    c.data = data()
+    c.encoder = dict(encoder)
+    c.latent_stats = "runs/stats"  # Workdir or .npz; "none": mean 0, variance 1.
+    c.decoder = "runs/decoder"  # For pictures; "none" for none.
+    c.network = network
+    c.model = dict(model) | dict(
+        patch_size=1,
+        mlp_ratio=4.0,
+        num_classes=1000,
+        class_dropout_prob=0.1,
+        qk_norm=False,
+        prediction="v",  # x: predicts clean latents, trained as velocities (RAEv2).
+        early_depth=0,  # Blocks before an early head, for internal guidance (RAEv2).
+        trainable_tables=False,
+        dtype="bfloat16",
+        remat="full",
+    )
+    c.flow = dict(time="logit_normal", shift_base=4096, early_weight=1.0)
+    c.repa = dict(
+        weight=0.0,  # Of the alignment with an encoder's features; REPA has 0.5.
+        depth=8,  # Blocks before the projection.
+        target="encoder",  # latent: the clean latents themselves.
+        encoder=dict(align_encoder),
+    )
+    c.optimizer = optimizer(clip_norm=1.0)
+    c.ema_decay = 0.9999
+    c.sampling = dict(
+        name="euler",  # Another of diffusion.samplers.SAMPLERS.
+        num_points=50,  # Of the official grid, which ends before t = 0 ...
+        final_zero=False,  # ... unless a last step is added.
+        times=(),  # A grid of its own instead, as the network sees times.
+        options="",  # Of the sampler, such as "period=2" or "rtol=1e-4, atol=1e-6".
+        guidance="cfg",  # autoguidance: by a weaker model of the same latents;
+        # internal: by the network's own early head.
+        guide="",  # The weaker model: workdir of its run, or converted weights.
+        guidance_scale=1.0,
+        guidance_interval=(0.0, 1.0),
+    )
+    c.evaluation = dict(  # Of samples while training; without networks none.
+        inception="",  # Weights of the FID Inception: gFID, sFID, IS.
+        efflite0=False,
+        encoder="",  # A pretrained encoder, hub id or folder, and its token:
+        encoder_token="mean",  # or cls.
+        reference="",  # Statistics or images to compare with.
+        batch_size=64,
+        num_samples=10_000,
+        guidance=(),  # Scales; none given: 1 and that of `sampling`.
+        online_weights=False,  # Whether to measure them beside their average.
+        best="",  # A score such as gfid_10k: its lowest state is kept in best/.
+    )
+    return c
 
 
 PHOTOS_SIZES = dict(

@@ -18,6 +18,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+BEST = "best"  # Folder in a run's workdir: a workdir itself, of the best checkpoint.
+
 
 class ConfigError(ValueError):
     """An experiment file, variant or override that cannot be used, and why."""
@@ -149,11 +151,16 @@ def read_config(path: Path) -> ConfigDict:
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Lists `key: old -> new` for every leaf that two configs do not share."""
+    return list(changes(old, new).values())
+
+
+def changes(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
+    """Returns the lines of `differences` by key."""
     flat_old, flat_new = flatten(old), flatten(new)
     keys = sorted(flat_old.keys() | flat_new.keys())
     missing = "(absent)"
     pairs = [(k, flat_old.get(k, missing), flat_new.get(k, missing)) for k in keys]
-    return [f"{k}: {a!r} -> {b!r}" for k, a, b in pairs if a != b]
+    return {k: f"{k}: {a!r} -> {b!r}" for k, a, b in pairs if a != b}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,13 +3,17 @@
 import argparse
 import ctypes
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
 from rae_jax import __version__
 
 VERBS = ("train", "quickstart", "prepare", "reconstruct", "sample", "evaluate")
-VERBS += ("convert", "report")
+VERBS += ("convert", "report", "plan", "bench")
+# Those that several processes may run as one.
+TOGETHER = ("train", "sample", "evaluate", "bench")
+BUCKET = re.compile(r"(^|=)(gs|s3)://")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(args, "overrides"):
         args.overrides = rest
+    for word in argv:
+        if BUCKET.search(word):
+            parser.error(
+                f"{word}: buckets are read and written as folders. Mount it (gs:// by "
+                "gcsfuse, s3:// by s3fs) and give a path in the mounted folder; the "
+                "scripts in launch/ do that with RAE_BUCKET=gs://NAME."
+            )
     return _run(args)
 
 
@@ -57,16 +68,18 @@ def reuse_freed_memory() -> None:
 
 def _run(args: argparse.Namespace) -> int:
     reuse_freed_memory()
-    from rae_jax.training import checkpoints, interrupts
+    from rae_jax.training import checkpoints, distributed, interrupts
 
     try:
+        if args.verb in TOGETHER:
+            distributed.initialize()
         return args.run(args)
     except (interrupts.Interrupted, KeyboardInterrupt) as stop:
-        print(f"\n{stop or 'Interrupted.'}", file=sys.stderr)
-        return interrupts.EXIT_INTERRUPTED
+        print(f"\n{str(stop) or 'Interrupted.'}", file=sys.stderr)
+        return getattr(stop, "exit_status", interrupts.EXIT_INTERRUPTED)
     except (
         ValueError,
-        FileNotFoundError,
+        OSError,
         ModuleNotFoundError,
         FloatingPointError,
         checkpoints.CheckpointError,

@@ -58,6 +58,16 @@ def test_skipped_step_changes_nothing(scale):
     assert optimizers.num_updates(jnp.int32(USUAL + 2), next_one[1]) == USUAL + 1
 
 
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_step_of_a_loss_that_is_no_number_is_skipped(loss):
+    """Even if its gradient is one."""
+    found = run(make(), [1.0] * 3, [1.0, loss, 1.0])
+    jax.tree.map(np.testing.assert_array_equal, found[1][0], found[2][0])
+    expected = dict(loss_spikes=1, grad_spikes=0, skipped_steps=1)
+    assert counts(found[2][1]) == expected | {"skips_in_a_row": 1}
+    assert counts(found[3][1]) == expected | {"skips_in_a_row": 0}
+
+
 def test_guard_that_only_counts_changes_no_bit():
     scales = [1.0] * USUAL + [10.0, 1.0]
     plain = optax.adamw(1e-2, weight_decay=0.1)

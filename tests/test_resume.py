@@ -107,18 +107,24 @@ def assert_same_run(workdir: Path, undisturbed: Path) -> None:
         assert {k: a[k] for k in SCALARS} == {k: b[k] for k in SCALARS}
 
 
-def test_killed_run_ends_as_if_undisturbed(trainer, undisturbed, tmp_path):
-    """SIGKILL at a random step, within a checkpoint write, and at random again."""
+MANY = [pytest.mark.slow, pytest.mark.timeout(1_800)]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=MANY)])
+def test_killed_run_ends_as_if_undisturbed(trainer, undisturbed, tmp_path, kills):
+    """SIGKILL at random moments, every other time within a checkpoint write."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng = random.Random(seed)
     workdir = tmp_path / "run"
-    for kill in range(3):
+    for kill in range(kills):
         process = trainer.start(workdir)
-        target = min(last_step(workdir) + rng.randint(2, 10), STEPS - 6)
+        furthest = STEPS - 6 if kills == 3 else 2 + (STEPS - 6) * kill // kills
+        target = min(last_step(workdir) + rng.randint(1, 10), furthest)
         running = wait_for(process, lambda t=target: last_step(workdir) >= t)
-        if kill == 1:
+        if kill % 2:
             running = wait_for(process, lambda: is_saving(workdir))
+            time.sleep(rng.uniform(0, 0.02) if kill % 4 == 3 else 0)
         else:
             time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
@@ -131,13 +137,14 @@ def test_killed_run_ends_as_if_undisturbed(trainer, undisturbed, tmp_path):
     assert not is_saving(workdir)
 
 
-def test_interrupted_run_saves_and_continues(trainer, undisturbed, tmp_path):
+def test_preempted_run_saves_and_continues(trainer, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     process = trainer.start(workdir, "--config.every.checkpoint=0")
     assert wait_for(process, lambda: last_step(workdir) >= 4)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == interrupts.EXIT_PREEMPTED, output
+    assert "once more stops at once" in output
     step = checkpoints.finished_step(workdir)
     assert 4 <= step < STEPS
     assert f"Stopped at step {step} of {STEPS}; the same command continues" in output
@@ -156,6 +163,7 @@ def test_changed_config_is_refused_with_a_diff(trainer, undisturbed, capsys):
         output
     )
     assert "\n  tokenizer.latent_dim: 8 -> 4\n" in output
+    assert "--allow-change optimizer.peak_lr tokenizer.latent_dim\n" in output
     assert "Traceback" not in output
     assert (undisturbed / checkpoints.CONFIG_NAME).read_bytes() == before
 
@@ -186,11 +194,14 @@ def test_interrupt_within_an_evaluation_loses_nothing(tmp_path, number):
 
     config = toy_run.config(every=dict(log=3, checkpoint=0, evaluate=1))
     program = toy_run.program(config, evaluate=evaluate)
-    with pytest.raises(interrupts.Interrupted, match="Stopped at step 2 of 6"):
+    with pytest.raises(interrupts.Interrupted, match="Stopped at step 2") as caught:
         loop.run(program, config, tmp_path / "a")
+    assert caught.value.exit_status == {signal.SIGINT: 130, signal.SIGTERM: 75}[number]
     assert checkpoints.finished_step(tmp_path / "a") == 2
     final = loop.run(program, config, tmp_path / "a")
-    assert calls == [1, 2, 3, 4, 5, 6]
+    # A termination leaves no time: the evaluation is for the next process.
+    again = [2] if number == signal.SIGTERM else []
+    assert calls == [1, 2, *again, 3, 4, 5, 6]
     straight = loop.run(program, config, tmp_path / "b")
     jax.tree.map(np.testing.assert_array_equal, final, straight)
     means = [
@@ -198,36 +209,6 @@ def test_interrupt_within_an_evaluation_loses_nothing(tmp_path, number):
         for run in "ab"
     ]
     assert means[0] == means[1] and len(means[0]) == 2
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def garble(file: Path) -> None:
-    file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
-
-
-@pytest.mark.parametrize("damage", [cut, garble, Path.unlink])
-def test_damaged_checkpoint_is_named(tmp_path, damage):
-    """And deleted as the message says, the run continues from the one before it."""
-    config = toy_run.config(num_steps=3)
-    final = loop.run(toy_run.program(config), config, tmp_path)
-    newest = checkpoints.folder(tmp_path) / "3"
-    for file in sorted(newest.rglob("*")):
-        if file.is_file():
-            damage(file)
-    message = f"(?s)checkpoint '.*{newest.name}' cannot be read: .*delete this folder"
-    with pytest.raises(checkpoints.CheckpointError, match=message) as caught:
-        loop.run(toy_run.program(config), config, tmp_path)
-    assert len(str(caught.value)) < 1000
-    with pytest.raises(checkpoints.CheckpointError, match=message):
-        checkpoints.load_params(tmp_path)
-    for file in sorted(newest.rglob("*"), reverse=True):
-        file.unlink() if file.is_file() else file.rmdir()
-    newest.rmdir()
-    again = loop.run(toy_run.program(config), config, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, again, final)
 
 
 def test_missing_checkpoint_says_how_to_make_one(tmp_path):

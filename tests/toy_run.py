@@ -72,7 +72,7 @@ def program(config: ConfigDict, *, poison: int = 0, evaluate=None) -> programs.P
         num_steps=config.num_steps,
     )
     target = np.random.default_rng(0).normal(size=(WIDTH, OUT)).astype(np.float32)
-    mesh = sharding.make_mesh(config.mesh.data)
+    mesh = sharding.make_mesh(config.mesh)
     return programs.Program(
         design=design,
         frozen=sharding.place(target, mesh),

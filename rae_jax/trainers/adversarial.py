@@ -22,7 +22,7 @@ from rae_jax.losses import adversarial
 from rae_jax.losses import reconstruction as losses
 from rae_jax.models import rae
 from rae_jax.trainers import critics, frozen, inputs
-from rae_jax.training import optimizers, state
+from rae_jax.training import divergence, optimizers, state
 
 LAST_LAYER = "pred"  # Of the decoder.
 # Sets what the critic draws apart from all that a run without it draws, so that the
@@ -90,6 +90,7 @@ class AdversarialTraining:
             config.optimizer.accumulate,
         )
         metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics[divergence.NORMS] = divergence.group_norms(grads)
         metrics["lr"] = state.learning_rate(self.schedule, run.step, run.opt_state)
         new = run.apply_gradients(
             grads, self.tx, config.ema_decay, _without_critic(config, metrics)

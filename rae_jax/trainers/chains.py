@@ -13,7 +13,7 @@ from flax import nnx
 from rae_jax.diffusion import grids
 from rae_jax.evaluation import generate, reconstruction
 from rae_jax.trainers import sampling
-from rae_jax.training import sharding, state
+from rae_jax.training import distributed, sharding, state
 
 Decode = Callable[[Mapping[str, state.Params], jax.Array], jax.Array]
 
@@ -88,8 +88,9 @@ class Chain:
         draw, decode = self.draw(scale), self._decode()
 
         def sample(index, y):
-            z = draw(self.params, seed, index, y).x
-            images, finite = decode(self.params, z)
+            with jax.set_mesh(self.mesh):  # Else a TPU has no kernel for attention.
+                z = draw(self.params, seed, index, y).x
+                images, finite = decode(self.params, z)
             return generate.Drawn(index, images, z if latents else None, finite)
 
         rows = sharding.batch_sharding(self.mesh)
@@ -106,7 +107,7 @@ class Chain:
         index = np.arange(len(labels), dtype=np.int32)
         states = draw(self.params, seed, index, labels.astype(np.int32)).states
         decode = jax.jit(self.decode)
-        return np.stack([np.asarray(decode(self.params, z)) for z in states])
+        return np.stack([distributed.to_host(decode(self.params, z)) for z in states])
 
     def draw(
         self, scale: float, keep: tuple[int, ...] = ()

@@ -26,7 +26,7 @@ from rae_jax.evaluation import (
 from rae_jax.models import rae
 from rae_jax.trainers import autoencoder, frozen, inputs
 from rae_jax.trainers import judges as judging
-from rae_jax.training import sharding
+from rae_jax.training import distributed, sharding
 
 BACKBONES = ("alex", "vgg")
 _PICTURES = 16
@@ -305,4 +305,5 @@ def _decoded(run: _Run, latents: streaming.ArrayRows, stats) -> Iterator[np.ndar
     size = run.data.batch_size
     for z in streaming.rebatch(latents.batches(), size):
         row = np.minimum(np.arange(size), len(z) - 1)
-        yield np.asarray(decode(run.params, jax.device_put(z[row], run.rows)))[: len(z)]
+        images = decode(run.params, jax.device_put(z[row], run.rows))
+        yield distributed.to_host(images)[: len(z)]

@@ -52,10 +52,13 @@ def resolve(path: str, workdir: Path) -> Path:
     """Finds a file or folder that a config names.
 
     A relative path counts from the run's workdir, so that runs that lie side by side
-    can be moved together; failing that, from the current folder.
+    can be moved together; failing that, from the current folder. The best state of a
+    run, a workdir within its own, has the paths of the run.
     """
-    beside = Path(os.path.normpath(Path(workdir) / path))
-    return beside if beside.exists() else Path(path)
+    workdir = Path(workdir)
+    folders = [workdir, workdir.parent] if workdir.name == configs.BEST else [workdir]
+    places = [Path(os.path.normpath(folder / path)) for folder in folders]
+    return next((place for place in places if place.exists()), Path(path))
 
 
 def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:

@@ -25,8 +25,10 @@ from rae_jax.trainers import (
     chains,
     frozen,
     inputs,
+    judges,
     latent_network,
     latents,
+    online_samples,
     sampling,
 )
 from rae_jax.training import optimizers, programs, sharding, state
@@ -179,6 +181,11 @@ def _make_evaluate(
     config: ConfigDict, workdir: Path, stats: dict[str, np.ndarray], mesh: Mesh
 ):
     if config.decoder == "none":
+        judging = judges.configured(config, workdir)
+        if judging.inception or judging.efflite0 or judging.encoder:
+            raise configs.ConfigError(
+                "evaluation names networks that judge images, but decoder = 'none'."
+            )
         return None
     decoder = autoencoder.find(config.decoder, workdir, config)
     chain = make_chain(config, workdir, decoder, stats, mesh)
@@ -186,12 +193,13 @@ def _make_evaluate(
     classes = min(config.model.num_classes, MAX_PICTURE_CLASSES)
     labels = np.repeat(np.arange(classes), PICTURES_PER_CLASS)
     options = dict(scale=scale, seed=config.seed, batch_size=config.data.batch_size)
+    score = online_samples.make_evaluate(config, workdir, chain, mesh)
 
     def evaluate(run_state: Any, networks: Any, workdir: Path) -> dict[str, float]:
         params = chain.params | {"dit": run_state.ema_params}
         current = dataclasses.replace(chain, params=params)
         images = np.concatenate(list(current.images(labels, **options)))
         pictures.save_grid(workdir / "samples.png", images, PICTURES_PER_CLASS)
-        return {"sample_std": float(images.std()) / 255}
+        return {"sample_std": float(images.std()) / 255} | score(run_state)
 
     return evaluate

@@ -21,7 +21,14 @@ from rae_jax.layers import patches
 from rae_jax.losses import denoising
 from rae_jax.models import ldae, tokenizers
 from rae_jax.trainers import frozen, inputs
-from rae_jax.training import checkpoints, optimizers, programs, sharding, state
+from rae_jax.training import (
+    checkpoints,
+    distributed,
+    optimizers,
+    programs,
+    sharding,
+    state,
+)
 
 PICTURE_LEVEL = 0.4  # Share of the noise levels: detail is gone, layout is not.
 PICTURE_COLUMNS = 10
@@ -149,9 +156,10 @@ def _make_evaluate(config: ConfigDict, mesh: Mesh):
         params, scores = run_state.ema_params, reconstruction.ReconstructionScores()
         with inputs.validation_batches(config.data) as batches:
             for batch in batches:
-                images = loader.to_global(batch, rows)["image"]
-                values = predict(params, pca, images)[2]
-                scores = scores.add(jax.device_get(values), batch["mask"])
+                arrays = loader.to_global(batch, rows)
+                values = predict(params, pca, arrays["image"])[2]
+                values, mask = distributed.to_host((values, arrays["mask"]))
+                scores = scores.add(values, mask)
         images = inputs.examples(config.data, "validation", PICTURE_COLUMNS)
         noisy, out, _ = predict(params, pca, images)
         pictures.save_rows(workdir / "denoising.png", [images, noisy, out])

@@ -22,7 +22,7 @@ from rae_jax.evaluation import reconstruction
 from rae_jax.layers import patches
 from rae_jax.models import encoders
 from rae_jax.trainers import frozen, inputs
-from rae_jax.training import optimizers, programs, sharding
+from rae_jax.training import distributed, optimizers, programs, sharding
 from rae_jax.training import state as states
 
 FEATURES = ("encoder", "random", "pca", "pixels")
@@ -190,8 +190,10 @@ def _make_evaluate(config: ConfigDict, mesh: Mesh):
         scores = reconstruction.ReconstructionScores()
         with inputs.validation_batches(config.data) as batches:
             for batch in batches:
-                hits = correct(state, networks, loader.to_global(batch, rows))
-                scores = scores.add(jax.device_get(hits), batch["mask"])
+                arrays = loader.to_global(batch, rows)
+                hits = correct(state, networks, arrays)
+                hits, mask = distributed.to_host((hits, arrays["mask"]))
+                scores = scores.add(hits, mask)
         return scores.means()
 
     return evaluate

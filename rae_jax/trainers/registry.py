@@ -1,6 +1,8 @@
 """Name -> trainer, and the one way to run a config."""
 
 import dataclasses
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +13,14 @@ from ml_collections import ConfigDict
 
 from rae_jax import config as configs
 from rae_jax.trainers import latent_diffusion, latent_stats, ldae, probe, rae_decoder
-from rae_jax.training import checkpoints, loop, programs, sharding
+from rae_jax.training import (
+    checkpoints,
+    distributed,
+    loop,
+    programs,
+    resuming,
+    sharding,
+)
 
 FINISHED_NAME = "finished"
 TRAINERS = {
@@ -50,25 +59,49 @@ def model_flops(config: ConfigDict) -> float:
     return design(config).step_flops()
 
 
-def train(config: ConfigDict, workdir: Path, *, title: str = "") -> Any:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    title: str = "",
+    allow_change: Sequence[str] = (),
+    started: float | None = None,
+) -> Any:
     """Runs a config in a workdir to its end; returns the final state.
+
+    Args:
+        config: The run.
+        workdir: Its folder; a run that is there goes on.
+        title: Label of the progress bar.
+        allow_change: Keys of the config that may change when the run is resumed.
+        started: When the command was given, as `time.time()`; now if None.
 
     Raises:
         ConfigError, ValueError: For a config, data or weights that cannot be used.
     """
+    started = time.time() if started is None else started
     workdir = Path(workdir).absolute()
-    checkpoints.check_config(workdir, config, loop.MAY_CHANGE)
-    mesh = sharding.make_mesh(config.mesh.data)
+    resuming.check(workdir, config, allow_change)
+    mesh = sharding.make_mesh(config.mesh)
     accumulate = config.optimizer.accumulate if "optimizer" in config else 1
     sharding.check_batch_size(config.data.batch_size, mesh, accumulate)
     with jax.set_mesh(mesh):
         program = trainer(config).build(config, workdir, mesh)
     program = dataclasses.replace(program, flops_per_step=model_flops(config))
     (workdir / FINISHED_NAME).unlink(missing_ok=True)  # A longer run is not.
-    state = loop.run(program, config, workdir, title=title or config.trainer)
-    configs.write_atomically(
-        workdir / FINISHED_NAME, str(program.design.num_steps).encode()
+    distributed.barrier("the first step")
+    state = loop.run(
+        program,
+        config,
+        workdir,
+        title=title or config.trainer,
+        allow_change=allow_change,
+        started=started,
     )
+    if jax.process_index() == 0:
+        configs.write_atomically(
+            workdir / FINISHED_NAME, str(program.design.num_steps).encode()
+        )
     return state
 
 
@@ -77,7 +110,7 @@ def is_finished(config: ConfigDict, workdir: Path) -> bool:
     if not (workdir / FINISHED_NAME).is_file():
         return False
     stored = configs.read_config(workdir / checkpoints.CONFIG_NAME)
-    return not configs.differences(stored, config)
+    return resuming.same(stored, config)
 
 
 def restore(
@@ -88,12 +121,11 @@ def restore(
     Raises:
         CheckpointError: If there is none.
     """
-    step = checkpoints.finished_step(workdir)
-    if step is None:
+    if checkpoints.finished_step(workdir) is None:
         raise checkpoints.CheckpointError(f"{workdir} holds no checkpoint yet.")
     abstract = loop.abstract_state(program.design, config, mesh)
-    manager = checkpoints.Checkpoints(workdir, keep=config.keep)
+    reader = checkpoints.Checkpoints(workdir, keep=None)
     try:
-        return manager.restore(step, abstract)[0]
+        return reader.restore_newest(abstract)[1]
     finally:
-        manager.close()
+        reader.close()

@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+
+from rae_jax.layers import linear
 
 # Dense bfloat16 peak per chip in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {
@@ -31,18 +33,32 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
 
     Loop bodies count as often as they run, which XLA's own cost analysis does
     not do. Rematerialised parts count again: trace a function without
-    rematerialisation for model FLOPs.
+    rematerialisation for model FLOPs. The function is traced as for one CPU, whatever
+    mesh is in use, so that attention counts alike with and without a kernel.
 
     Args:
         function: Any traceable function.
         *args: Arrays or shapes (`jax.ShapeDtypeStruct`).
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    with jax.sharding.use_abstract_mesh(_without_kernels()):
+        return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _without_kernels() -> AbstractMesh:
+    """Returns the mesh in use, or one of a device, as if its devices were CPUs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = ((1,), ("data",)) if mesh.empty else (mesh.axis_sizes, mesh.axis_names)
+    types = (AxisType.Auto,) if mesh.empty else mesh.axis_types
+    cpu = AbstractDevice("cpu", num_cores=None, platform="cpu")
+    return AbstractMesh(*sizes, axis_types=types, abstract_device=cpu)
 
 
 def _count(jaxpr: Any) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
+        if eqn.params.get("name") == linear.sum_rows.__name__:
+            continue  # A sum, as far as the model is concerned.
         if eqn.primitive.name == "dot_general":
             contracted, _ = eqn.params["dimension_numbers"][0]
             depth = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,17 @@ METRICS_NAME = "metrics.jsonl"
 SKIPS_NAME = "skips_in_a_row"
 # Counts since the first step, beginnings of their names: the newest is logged.
 COUNTS = ("grad_spikes", "loss_spikes", "skipped_steps", SKIPS_NAME)
+
+
+def note(text: str) -> None:
+    """Says something to whoever watches process 0."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Says what should be looked at; every process does."""
+    print(f"Warning: {text}", file=sys.stderr, flush=True)
 
 
 class MetricsLog:
@@ -59,8 +72,11 @@ class MetricsLog:
             return
         record: dict[str, Any] = {"step": step}
         record |= {k: float(v) for k, v in scalars.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, float(value), step)
@@ -148,6 +164,65 @@ class Meter:
         return means
 
 
+def process_start() -> float:
+    """Returns when this process was started, as `time.time()`; now if unknown."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        age = uptime - float(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        age = 0.0
+    return time.time() - age
+
+
+class StartUp:
+    """Seconds from the command to the first step, and what they went into.
+
+    Args:
+        started: When the command was given, as `time.time()`.
+    """
+
+    def __init__(self, started: float):
+        self._started = started
+        self._times = {"loading": time.time() - started}
+        self._last = time.time()
+        self._logged = False
+
+    def ready(self) -> None:
+        """Notes that the state is there."""
+        self._mark("state")
+
+    def stepped(self) -> None:
+        """Notes that the first step is done."""
+        self._mark("first_step")
+
+    def take(self) -> dict[str, float]:
+        """Returns the seconds by name for the log, once."""
+        if self._logged or "first_step" not in self._times:
+            return {}
+        self._logged = True
+        total = sum(self._times.values())
+        return {
+            "seconds_to_first_step": total,
+            "seconds_of_first_step": self._times["first_step"],
+        }
+
+    def describe(self) -> str:
+        """Returns the same as a sentence."""
+        cache = jax.config.jax_compilation_cache_dir
+        where = f"compiled programs in {cache}" if cache else "no compilation cache"
+        times = self._times
+        return (
+            f"first step after {sum(times.values()):.1f} s: {times['loading']:.1f} s "
+            f"loading, {times['state']:.1f} s for the state, "
+            f"{times['first_step']:.1f} s compiling and running it ({where})"
+        )
+
+    def _mark(self, name: str) -> None:
+        now = time.time()
+        self._times[name], self._last = now - self._last, now
+
+
 def check_finite(step: int, metrics: dict[str, float], max_skips: int = 0) -> None:
     """Stops a run whose loss or gradient is no longer a number.
 
@@ -189,5 +264,5 @@ def make_progress(console: Console | None = None) -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console or Console(stderr=True),
+        console=console or Console(stderr=True, quiet=jax.process_index() != 0),
     )

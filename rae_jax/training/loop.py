@@ -1,5 +1,7 @@
 """The only training loop: resume, step, log, evaluate, save."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,20 @@ from ml_collections import ConfigDict
 
 from rae_jax.data import loader
 from rae_jax.training import (
+    best,
     checkpoints,
+    divergence,
     flops,
     interrupts,
     logs,
     programs,
+    resuming,
     sharding,
+    watchdog,
 )
 
-# What a resumed run may change without becoming another run.
-MAY_CHANGE = {"num_steps", "every", "keep", "mesh", "fsdp", "data.num_workers"}
-MAY_CHANGE |= {"guard.max_skips", "evaluation", "sampling"}
+# A key of the position in a checkpoint: the evaluation of its step is still to come.
+_OWED = "owes_evaluation"
 
 
 def run(
@@ -28,27 +33,36 @@ def run(
     workdir: Path,
     *,
     title: str = "train",
+    allow_change: Sequence[str] = (),
+    started: float | None = None,
 ) -> Any:
     """Trains to the last step, from the newest checkpoint if there is one.
 
     Args:
         program: The run.
-        config: Needs seed, keep, fsdp, mesh and every.{log, checkpoint, evaluate}.
+        config: Needs seed, keep, mesh and every.{log, checkpoint, evaluate}.
         workdir: Folder for config, checkpoints, logs and results.
         title: Label of the progress bar.
+        allow_change: Keys of the config that may change when the run is resumed.
+        started: When the command was given, as `time.time()`; now if None.
 
     Returns:
         The final state.
 
     Raises:
-        FloatingPointError: If a loss or gradient is not finite.
+        ConfigError: If the run has begun with another config.
+        CheckpointError: If no checkpoint can be read, or one cannot be written.
+        FloatingPointError: If a loss or gradient is not finite; what is known of it
+            is in `divergence.json`.
         Interrupted: After a SIGINT or SIGTERM and a last checkpoint.
     """
     workdir = Path(workdir)
-    checkpoints.check_config(workdir, config, MAY_CHANGE)
-    mesh = sharding.make_mesh(config.mesh.data)
+    resuming.check(workdir, config, allow_change)
+    mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return _Run(program, config, workdir, mesh, title).train()
+        run = _Run(program, config, workdir, mesh, title)
+        run.started = time.time() if started is None else started
+        return run.train(allow_change)
 
 
 def abstract_state(design: programs.Design, config: ConfigDict, mesh: Mesh) -> Any:
@@ -57,7 +71,7 @@ def abstract_state(design: programs.Design, config: ConfigDict, mesh: Mesh) -> A
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        sharding.state_sharding(shapes, mesh, config.fsdp),
+        sharding.state_sharding(shapes, mesh),
     )
 
 
@@ -67,41 +81,73 @@ class _Run:
     def __init__(self, program, config, workdir, mesh, title):
         self.program, self.config, self.workdir = program, config, workdir
         self.mesh, self.title = mesh, title
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        # Step, metrics and images of the step that is being computed.
+        self.pending: tuple[int, dict[str, jax.Array], Any] | None = None
         self.key = jax.random.key(config.seed)
         self.max_skips = config.guard.max_skips if "guard" in config else 0
         self.abstract = abstract_state(program.design, config, mesh)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         peak = flops.peak_flops(mesh.devices.flat[0]) * mesh.size
         self.meter = logs.Meter(program.design.batch_size, program.flops_per_step, peak)
+        params = getattr(self.abstract, "params", None)
+        self.recorder = divergence.Recorder(params, self.max_skips + 2)
+        self.owes_evaluation = False
 
-    def train(self) -> Any:
-        self.batches = self.program.batches()  # If this fails, nothing is stored.
-        checkpoints.store_config(self.workdir, self.config, MAY_CHANGE)
-        self.checkpoints = checkpoints.Checkpoints(self.workdir, keep=self.config.keep)
-        try:
-            start, state = self._begin()
-            self.log = logs.MetricsLog(self.workdir, start)
+    def train(self, allow_change: Sequence[str]) -> Any:
+        program, config = self.program, self.config
+        self.batches = program.batches()  # If this fails, nothing is stored.
+        resuming.store(self.workdir, config, allow_change)
+        self.checkpoints = checkpoints.Checkpoints(self.workdir, keep=config.keep)
+        metric = _block(config, "evaluation", "best", "")
+        self.best = best.Best(self.workdir, config, metric)
+        self.watchdog = watchdog.Watchdog(config.get("watchdog") or 0, self.workdir)
+        with self.watchdog:
             try:
-                state = self._steps(start, state)
+                start, state = self._begin()
+                self.log = logs.MetricsLog(self.workdir, start)
+                try:
+                    state = self._steps(start, state)
+                finally:
+                    self.log.close()
             finally:
-                self.log.close()
-        finally:
-            self.batches.close()
-            self.checkpoints.close()
-        if self.program.finish is not None:
-            self.program.finish(state, self.program.frozen, self.workdir)
+                self.batches.close()
+                with self.watchdog.longer("the last checkpoint"):
+                    self.checkpoints.close()
+                self.best.close()
+        if program.finish is not None:
+            program.finish(state, program.frozen, self.workdir)
         return state
 
     def _begin(self) -> tuple[int, Any]:
-        step = self.checkpoints.latest_step()
-        if step is not None:
-            state, data_state = self.checkpoints.restore(step, self.abstract)
-            self.batches.set_state(data_state["batches"])
-            self.meter.set_state(data_state["meter"])
-            return step, state
-        init = jax.jit(self.program.design.init, out_shardings=self.shardings)
-        return 0, init(self.key)
+        self.startup = logs.StartUp(self.started)
+        found = self.checkpoints.restore_newest(self.abstract)
+        if found is None:
+            init = jax.jit(self.program.design.init, out_shardings=self.shardings)
+            state = init(self.key)
+            self.startup.ready()
+            return 0, state
+        step, state, position = found
+        before = position.get("batch_size", self.program.design.batch_size)
+        self.batches.set_state(self._moved(position["batches"], before))
+        self.meter.set_state(position["meter"])
+        self.owes_evaluation = position.get(_OWED, False)
+        self.startup.ready()
+        return step, state
+
+    def _moved(self, position: dict[str, Any], before: int) -> dict[str, Any]:
+        """Translates a number of batches into one of batches of another size."""
+        now = self.program.design.batch_size
+        return {
+            k: v * before // now if before != now else v for k, v in position.items()
+        }
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "batches": self.batches.get_state(),
+            "batch_size": self.program.design.batch_size,
+            "meter": self.meter.get_state(),
+            _OWED: self.owes_evaluation,
+        }
 
     def _steps(self, start: int, state: Any) -> Any:
         program, total = self.program, self.program.design.num_steps
@@ -110,47 +156,73 @@ class _Run:
         )
         rows = sharding.batch_sharding(self.mesh)
         with interrupts.StopRequest() as stop, logs.make_progress() as progress:
-            self.progress = progress
+            self.progress, self.stop = progress, stop
             self.bar = progress.add_task(
                 self.title, total=total, completed=start, note="compiling"
             )
+            if self.owes_evaluation:
+                self._evaluate(start, state)
             for step in range(start + 1, total + 1):
-                batch = loader.to_global(next(self.batches), rows)
-                state, metrics = step_fn(state, program.frozen, batch, self.key)
+                batch = next(self.batches)
+                device_batch = loader.to_global(batch, rows)
+                state, metrics = step_fn(state, program.frozen, device_batch, self.key)
+                self.state = state
                 self._settle()  # The step before; this one runs meanwhile.
-                self.pending = (step, metrics)
+                self.pending = (step, metrics, batch.get("index"))
                 if step == start + 1:
                     self._settle()
-                    self.meter.restart_clock()  # Leaves out the compilation.
-                stopped = self._after_step(step, state, stop)
+                    self._first_step()
+                stopped = self._after_step(step, state)
+                self.watchdog.step(step)
                 progress.update(self.bar, completed=step)
                 if stopped:
                     raise interrupts.Interrupted(
                         f"Stopped at step {step} of {total}; the same command "
-                        "continues from here."
+                        "continues from here.",
+                        stop.exit_status,
                     )
         return state
 
-    def _after_step(self, step: int, state: Any, stop: interrupts.StopRequest) -> bool:
+    def _first_step(self) -> None:
+        self.stop.listen()
+        self.startup.stepped()
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(self.startup.describe(), soft_wrap=True)
+        self.meter.restart_clock()  # Leaves out the compilation.
+
+    def _after_step(self, step: int, state: Any) -> bool:
         """Logs, evaluates and saves what is due; returns whether to stop."""
+        self.checkpoints.check()
         if self._due(step, "log"):
             self._settle()
             self._write(step)
+        stopping = self.stop.agreed(step)
         if self._due(step, "evaluate") and self.program.evaluate is not None:
             self._settle()
-            scores = self.program.evaluate(state, self.program.frozen, self.workdir)
-            self.log.write(step, scores)
-            self.meter.restart_clock()
-        stopping = stop.requested  # Read once: whoever stops has saved.
+            self.owes_evaluation = True
+            if not stopping:
+                self._evaluate(step, state)
+                # Read once after the last wait: whoever stops has saved.
+                stopping = bool(self.stop.requested) and jax.process_count() == 1
         # Last, so that a run killed before this repeats what it did not save.
         if self._due(step, "checkpoint") or stopping:
             self._settle()
-            position = {
-                "batches": self.batches.get_state(),
-                "meter": self.meter.get_state(),
-            }
-            self.checkpoints.save(step, state, position)
+            with self.watchdog.longer("the checkpoint"):
+                self.checkpoints.save(step, state, self._position())
         return stopping
+
+    def _evaluate(self, step: int, state: Any) -> None:
+        """Evaluates, unless a termination comes; then it is for the next process."""
+        try:
+            with self.watchdog.longer("the evaluation"), self.stop.abandoning():
+                scores = self.program.evaluate(state, self.program.frozen, self.workdir)
+        except interrupts.Abandoned:
+            return
+        self.owes_evaluation = False
+        self.log.write(step, scores)
+        with self.watchdog.longer("the best checkpoint"):
+            self.best.offer(step, state, scores, self._position())
+        self.meter.restart_clock()
 
     def _due(self, step: int, name: str) -> bool:
         every = self.config.every[name]
@@ -160,15 +232,32 @@ class _Run:
 
     def _settle(self) -> None:
         """Waits for the pending step and stops the run if it is not finite."""
-        if self.pending is not None:
-            step, metrics = self.pending
-            values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if self.pending is None:
+            return
+        step, metrics, index = self.pending
+        norms = metrics.pop(divergence.NORMS, None)
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self.recorder.add(step, index, values)
+        try:
             logs.check_finite(step, values, self.max_skips)
-            self.meter.add(values)
-            self.pending = None
+        except FloatingPointError as error:
+            raise self._diverged(error, norms) from None
+        self.meter.add(values)
+        self.pending = None
+
+    def _diverged(self, error: FloatingPointError, norms: Any) -> FloatingPointError:
+        self.checkpoints.wait()
+        path = self.recorder.write(
+            self.workdir,
+            str(error),
+            norms=norms,
+            params=getattr(self.state, "params", None),
+            checkpoint=self.checkpoints.latest_step(),
+        )
+        return FloatingPointError(f"{error} What is known of it: {path}")
 
     def _write(self, step: int) -> None:
-        scalars = self.meter.summary()
+        scalars = self.meter.summary() | self.startup.take()
         self.log.write(step, scalars)
         loss = scalars.get("loss")
         note = "" if loss is None else f"loss {loss:.4f}"
@@ -181,3 +270,8 @@ class _Run:
                 f"{self.title} {step}/{self.program.design.num_steps} {note} "
                 f"{speed:.0f} images/s, {left:.0f} s left"
             )
+
+
+def _block(config: ConfigDict, block: str, key: str, default: Any) -> Any:
+    """Returns a value that only some configs have."""
+    return (config.get(block) or {}).get(key, default)

@@ -136,8 +136,9 @@ def guarded(
 
     A spike is a value that is not finite, or more than `spike_factor` times its
     running mean. Means take spikes in at that bound, so they follow a lasting change.
-    With `skip`, a spike of the gradient leaves parameters and the state within
-    untouched, its step counter included; spikes of the loss are only counted.
+    With `skip`, a spike of the gradient or a loss that is not finite leaves parameters
+    and the state within untouched, its step counter included; other spikes of the
+    loss are only counted.
 
     Args:
         tx: Any optimiser. Its `update` then takes the positive loss as `value`.
@@ -162,6 +163,7 @@ def guarded(
         loss = state.loss
         if value is not None:
             loss, _ = _watch(loss, value, config.spike_factor)
+            is_spike |= ~jnp.isfinite(value)  # Whatever its gradient may be.
         updates, inner = tx.update(grads, state.inner, params, value=value, **extra)
         skip = is_spike & config.skip
         updates = jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), updates)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rae_jax.training import optimizers
+from rae_jax.training import divergence, optimizers
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -109,6 +109,7 @@ def make_step(
 
         grads, metrics = gradients(loss_of, state.params, batch, key, accumulate)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics[divergence.NORMS] = divergence.group_norms(grads)
         if schedule is not None:
             metrics["lr"] = learning_rate(schedule, state.step, state.opt_state)
         state = state.apply_gradients(grads, tx, ema_decay, metrics.get("loss"))

@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# Sourced: the environment of a run. `set_environment PLATFORM` (tpu, gpu or cpu)
+# exports what follows; a variable that is set already is kept.
+#   RAE_BUCKET  gs://NAME or s3://NAME: the launchers mount it at RAE_MOUNT, default the
+#               folder bucket in the root of the tree, with RAE_MOUNT_OPTIONS (-o of
+#               gcsfuse or s3fs), so that all machines share it; credentials are those
+#               of the machines
+#   RAE_DATA    folder of prepared data, default data, or bucket/data
+#   RAE_RUNS    folder of workdirs, default runs, or bucket/runs; has to be shared by all
+#               machines of a run
+#   RAE_CACHE   compiled programs, default ~/.cache/rae_jax
+# LIBTPU_INIT_ARGS and XLA_FLAGS get the options below before your own, which win.
+
+# Gathers of weights that run while the layer before them computes. libtpu 0.0.42.1
+# accepts them for v5p and v6e; of those tried, these alone changed the program. Not
+# accepted any more: xla_tpu_enable_async_all_gather, xla_enable_async_reduce_scatter.
+RAE_TPU_FLAGS="--xla_enable_async_all_gather=true"
+RAE_TPU_FLAGS+=" --xla_tpu_enable_async_collective_fusion=true"
+RAE_TPU_FLAGS+=" --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+
+# Collectives are asynchronous by default; these hide them behind products. Accepted by
+# jaxlib 0.10.2 for an H100; gone are xla_gpu_enable_async_collectives and
+# xla_gpu_enable_triton_softmax_fusion.
+RAE_GPU_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true"
+RAE_GPU_FLAGS+=" --xla_gpu_enable_pipelined_all_gather=true"
+RAE_GPU_FLAGS+=" --xla_gpu_enable_pipelined_reduce_scatter=true"
+RAE_GPU_FLAGS+=" --xla_gpu_enable_pipelined_all_reduce=true"
+
+set_environment() {
+  local platform=$1 base=""
+  if [[ ${RAE_BUCKET-} ]]; then
+    export RAE_MOUNT=${RAE_MOUNT:-bucket}
+    base="$RAE_MOUNT/"
+  fi
+  export RAE_DATA=${RAE_DATA:-${base}data} RAE_RUNS=${RAE_RUNS:-${base}runs}
+  export RAE_CACHE=${RAE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/rae_jax}
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$RAE_CACHE/compiled}
+  case $platform in
+    tpu)
+      # Without it, a TPU that another process holds is answered by a run on the CPU.
+      export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}
+      export LIBTPU_INIT_ARGS="$RAE_TPU_FLAGS${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
+      ;;
+    gpu)
+      export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
+      export XLA_FLAGS="$RAE_GPU_FLAGS${XLA_FLAGS:+ $XLA_FLAGS}"
+      export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+      ;;
+    cpu) export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} ;;
+    *)
+      printf 'rae-jax: error: unknown platform %s (tpu, gpu or cpu)\n' "$platform" >&2
+      return 1
+      ;;
+  esac
+}

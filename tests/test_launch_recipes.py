@@ -1,0 +1,231 @@
+"""The recipes, the environment of a run, and several processes on this CPU."""
+
+import argparse
+import importlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launch_clone import ROOT, Clone, write_script
+
+from rae_jax import config as configs
+from rae_jax import main
+from rae_jax.planning import compile
+
+LAUNCH = ROOT / "launch"
+RECIPES = ("rae_imagenet256", "rae_imagenet512", "ldae_imagenet")
+FILES = ("--imagenet=in", "--inception=w.pth", "--reference=r.npz", "--latents=a b")
+
+
+def run(script, *arguments, **variables):
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments],
+        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def commands(name, *arguments, **variables):
+    result = run(f"recipes/{name}.sh", "--dry-run", *arguments, **variables)
+    assert result.returncode == 0, result.stderr
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def parse(words):
+    """Returns the arguments of a command, and its config if it has one."""
+    program, verb, *rest = words
+    assert program == "rae-jax"
+    module = importlib.import_module(f"rae_jax.commands.{verb}")
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    module.add_arguments(parser)
+    args, overrides = parser.parse_known_args(rest)
+    config = None
+    if getattr(args, "config", None):
+        config = configs.load_config(args.config, overrides)
+    else:
+        assert not overrides
+    return verb, args, config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_command_and_config_of_a_recipe_exists(name):
+    parsed = [parse(words) for words in commands(name, *FILES, "--set=mesh.fsdp=2")]
+    trained = {
+        args.workdir.name: config for verb, args, config in parsed if verb == "train"
+    }
+    stages = re.search(
+        r"^STAGES=\((.*)\)", (LAUNCH / f"recipes/{name}.sh").read_text(), re.M
+    )
+    assert set(trained) == set(stages[1].split()) - {
+        "prepare",
+        "latents",
+        "sample",
+        "fid",
+    }
+    assert all(config.mesh.fsdp == 2 for config in trained.values())
+    assert {config.data.path for config in trained.values()} == {"data/imagenet"}
+    kinds = [config.trainer for config in trained.values()]
+    assert kinds[-1] == "latent_diffusion" and "rae_decoder" in kinds
+    sizes = {config.data.image_size for config in trained.values()}
+    assert sizes == {512 if "512" in name else 256}
+
+    # The stages find each other's workdirs, latents and samples.
+    dit = trained["dit"]
+    assert (dit.latent_stats, dit.decoder, dit.data.latents) == (
+        "../stats",
+        "../decoder",
+        "a b",
+    )
+    encoders = {c.encoder.weights for n, c in trained.items() if "encoder" in c}
+    assert len(encoders) == 1
+    assert dit.encoder == trained["decoder"].encoder == trained["stats"].encoder
+    cache = next(
+        config for verb, args, config in parsed if verb == "prepare" and config
+    )
+    assert cache.data.image_size == dit.data.image_size
+    out = next(args.out for verb, args, _ in parsed if verb == "sample")
+    scales = next(args.guidance_scale for verb, args, _ in parsed if verb == "sample")
+    measured = [str(args.target) for verb, args, _ in parsed if verb == "evaluate"]
+    several = len(str(scales).strip("()[]").split(",")) > 1
+    assert len(measured) == (2 if several else 1)
+    assert all(path.startswith(str(out.with_suffix(""))) for path in measured)
+
+
+def test_guide_is_the_small_network_of_the_paper():
+    for name, epochs in (("rae_imagenet256", 14), ("rae_imagenet512", 20)):
+        (words,) = commands(name, "guide")
+        _, _, config = parse(words)
+        assert config.model.hidden_size == (384, 2048)
+        assert config.model.depth == (12, 2)
+        assert config.num_steps == epochs * 1251
+
+
+def test_stages_are_chosen_and_places_come_from_the_environment():
+    variables = dict(RAE_DATA="disk/d", RAE_RUNS="disk/r")
+    words = commands("rae_imagenet256", "stats", "decoder", **variables)
+    assert [parse(w)[1].workdir.name for w in words] == ["decoder", "stats"]
+    assert str(parse(words[0])[1].workdir) == "disk/r/rae_imagenet256/decoder"
+    assert parse(words[0])[2].data.path == "disk/d/imagenet"
+    assert not any("latents" in word for word in commands("rae_imagenet256", "dit")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare"], "--imagenet is missing; give it or set RAE_IMAGENET"),
+        (["fid", "--inception=w"], "--reference is missing"),
+        (["decode"], "unknown stage decode; choose from: prepare decoder"),
+        (["--runs=gs://b/x"], "mount"),
+        (["--latent=x"], "unknown option --latent"),
+        (["prepare", "--imagenet=i"], "stage prepare runs on one machine"),
+    ],
+)
+def test_what_a_recipe_lacks_is_named(arguments, message):
+    variables = dict(RAE_DISTRIBUTED="1") if "--imagenet=i" in arguments else {}
+    result = run("recipes/rae_imagenet256.sh", "--dry-run", *arguments, **variables)
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+def test_a_failed_stage_ends_a_recipe_with_its_code(tmp_path):
+    clone = Clone(tmp_path)
+    log = f'echo "$*" >>"{tmp_path}/runs"; [[ $* != *stats* ]] || exit 75'
+    write_script(clone.bin / "rae-jax", f"#!/usr/bin/env bash\n{log}\n")
+    result = clone.run("recipes/rae_imagenet256.sh", "decoder", "stats", "dit")
+    assert result.returncode == 75
+    assert len((tmp_path / "runs").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["--workdir", "gs://b/x"], ["--workdir=x", "--config.data.path=s3://b"]]
+)
+def test_addresses_of_buckets_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train", "--config", "configs/dit_dh.py:smoke", *words])
+    assert "Mount it (gs:// by gcsfuse, s3:// by s3fs)" in capsys.readouterr().err
+
+
+def environment(platform, **variables):
+    script = f"source launch/env.sh; set_environment {platform} && env -0"
+    command = ["bash", "-c", script]
+    own = {"PATH": os.environ["PATH"], "HOME": "/h", **variables}
+    result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
+    return dict(line.split("=", 1) for line in result.stdout.split("\0") if line)
+
+
+def test_environment_of_a_run():
+    tpu = environment("tpu", LIBTPU_INIT_ARGS="--mine=1", RAE_DATA="/d")
+    assert tpu["LIBTPU_INIT_ARGS"].endswith("fuse_all_gather=true --mine=1")
+    assert tpu["RAE_DATA"] == "/d" and tpu["RAE_RUNS"] == "runs"
+    assert tpu["JAX_COMPILATION_CACHE_DIR"] == "/h/.cache/rae_jax/compiled"
+    assert "XLA_FLAGS" not in tpu
+    assert environment("gpu")["JAX_PLATFORMS"] == "cuda,cpu"
+    assert environment("npu") == {}
+    mounted = environment("cpu", RAE_BUCKET="gs://b")
+    assert mounted["RAE_RUNS"] == "bucket/runs" and mounted["RAE_DATA"] == "bucket/data"
+
+
+def test_plan_compiles_with_the_same_options():
+    def flags(table):
+        return " ".join(f"--{key}={str(value).lower()}" for key, value in table.items())
+
+    assert environment("tpu")["LIBTPU_INIT_ARGS"] == flags(compile.OPTIONS["tpu"])
+    assert environment("gpu")["XLA_FLAGS"] == flags(compile.OPTIONS["cuda"])
+
+
+def test_this_jaxlib_accepts_the_gpu_flags():
+    # An unknown flag ends the process.
+    flags = environment("gpu")["XLA_FLAGS"]
+    code = "import jax; jax.devices()"
+    variables = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    python = [sys.executable, "-c", code]
+    assert subprocess.run(python, env=variables, capture_output=True).returncode == 0
+
+
+def test_processes_find_each_other_and_print_by_number():
+    shown = 'echo "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $JAX_NUM_CPU_DEVICES $1"'
+    result = run("simulate.sh", "2x4", "bash", "-c", shown, "x", "a b")
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["[0] 0/2 4 a b", "[1] 1/2 4 a b"]
+
+
+@pytest.mark.parametrize(("end", "code"), [("exit 7", 7), ("kill -KILL $$", 137)])
+def test_when_one_process_fails_the_others_are_ended(end, code):
+    wait = "trap '' TERM; echo ready; sleep 60"
+    script = f"[[ $JAX_PROCESS_ID == 0 ]] || {{ {wait}; }}; sleep 0.3; {end}"
+    start = time.monotonic()
+    result = run("simulate.sh", "3x1", "bash", "-c", script, RAE_GRACE_SECONDS="1")
+    assert result.returncode == code
+    assert time.monotonic() - start < 20
+    assert f"process 0 ended with code {code}" in result.stderr
+    assert "[2] ready" in result.stdout
+
+
+def test_sigterm_reaches_every_process_once_and_all_are_awaited(tmp_path):
+    save = "sleep 0.$((JAX_PROCESS_ID * 5)); touch saved$JAX_PROCESS_ID; exit 75"
+    script = f"trap '{save}' TERM; touch $JAX_PROCESS_ID; while :; do sleep 0.05; done"
+    command = ["bash", str(LAUNCH / "simulate.sh"), "3x1", "bash", "-c", script]
+    options = dict(stderr=subprocess.DEVNULL, start_new_session=True)
+    with subprocess.Popen(command, cwd=tmp_path, **options) as process:
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=20) == 75
+    assert len(list(tmp_path.glob("saved*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["2"], "PROCESSESxDEVICES such as 2x4, got '2'"), (["2x4"], "no command")],
+)
+def test_wrong_simulations_are_refused(arguments, message):
+    result = run("simulate.sh", *arguments)
+    assert result.returncode == 1 and message in result.stderr
