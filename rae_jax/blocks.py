@@ -160,7 +160,14 @@ def latent_diffusion(
     )
     c.optimizer = optimizer(clip_norm=1.0)
     c.ema_decay = 0.9999
-    c.sampling = dict(
+    c.sampling = _sampling()
+    c.evaluation = _evaluation()
+    return c
+
+
+def _sampling() -> dict[str, Any]:
+    """Returns how samples are drawn: the official way, without guidance."""
+    return dict(
         name="euler",  # Another of diffusion.samplers.SAMPLERS.
         num_points=50,  # Of the official grid, which ends before t = 0 ...
         final_zero=False,  # ... unless a last step is added.
@@ -172,7 +179,11 @@ def latent_diffusion(
         guidance_scale=1.0,
         guidance_interval=(0.0, 1.0),
     )
-    c.evaluation = dict(  # Of samples while training; without networks none.
+
+
+def _evaluation() -> dict[str, Any]:
+    """Returns how samples are measured while training: not at all."""
+    return dict(
         inception="",  # Weights of the FID Inception: gFID, sFID, IS.
         efflite0=False,
         encoder="",  # A pretrained encoder, hub id or folder, and its token:
@@ -184,7 +195,6 @@ def latent_diffusion(
         online_weights=False,  # Whether to measure them beside their average.
         best="",  # A score such as gfid_10k: its lowest state is kept in best/.
     )
-    return c
 
 
 PHOTOS_SIZES = dict(
