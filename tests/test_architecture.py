@@ -30,10 +30,10 @@ LEVELS = {
     "evaluation": 5,
     "reporting": 5,
     "trainers": 6,
-    "planning": 6,
-    "commands": 7,
-    "main": 8,
-    "__main__": 9,
+    "planning": 7,
+    "commands": 8,
+    "main": 9,
+    "__main__": 10,
 }
 FORBIDDEN = {"torch", "torchvision", "tensorflow", "timm", "diffusers", "clu"}
 # Slow to import, or present only with an extra: imported where they are used.

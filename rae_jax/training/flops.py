@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
-from rae_jax.layers import linear
+from rae_jax.layers import sums
 
 # Dense bfloat16 peak per chip in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {
@@ -57,7 +57,7 @@ def _without_kernels() -> AbstractMesh:
 def _count(jaxpr: Any) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
-        if eqn.params.get("name") == linear.sum_rows.__name__:
+        if eqn.params.get("name") == sums.sum_rows.__name__:
             continue  # A sum, as far as the model is concerned.
         if eqn.primitive.name == "dot_general":
             contracted, _ = eqn.params["dimension_numbers"][0]
