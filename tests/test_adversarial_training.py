@@ -12,6 +12,7 @@ from flax import nnx
 
 from rae_jax import config as configs
 from rae_jax.data import loader
+from rae_jax.layers import partition
 from rae_jax.losses import adversarial, diffaug
 from rae_jax.losses import reconstruction as losses
 from rae_jax.models import discriminator, rae
@@ -59,7 +60,7 @@ class Game:
 
     def __init__(self, config, workdir, batches, *, start=None):
         self.config = config
-        mesh = sharding.make_mesh(config.mesh.data)
+        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             self.key = jax.random.key(config.seed)
             self.program = registry.trainer(config).build(config, workdir, mesh)
@@ -77,7 +78,8 @@ class Game:
                     jax.tree.map(jnp.copy, run), self.program.frozen, rows, self.key
                 )
                 self.states.append(run)
-                self.metrics.append({k: float(v) for k, v in metrics.items()})
+                scalars = {k: float(v) for k, v in metrics.items() if v.ndim == 0}
+                self.metrics.append(scalars)
                 self.batches.append(batch)
 
     def _host_batches(self, batches):
@@ -95,11 +97,11 @@ def game(tmp_path_factory):
     """
     config = load("loss.perceptual_start=1", "noise.tau=0.3", "gan.blocks=(1,)")
     config.num_steps = 8
-    config.update(fsdp=True, mesh=dict(data=8))
+    config.update(mesh=dict(data=1, fsdp=8))
     config.optimizer.update(warmup_steps=2, peak_lr=1e-3)
     config.gan.optimizer.update(warmup_steps=2, peak_lr=1e-3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "MIN_SHARDED_SIZE", 2**8)
+        patch.setattr(partition, "MIN_SHARDED_SIZE", 2**8)
         yield Game(config, tmp_path_factory.mktemp("game"), 4)
 
 
@@ -268,15 +270,19 @@ def test_until_it_hears_the_critic_the_decoder_is_as_without(game):
 
 def test_large_arrays_of_both_players_are_sharded(game):
     for part in (game.states[-1].params, game.states[-1].critic.params):
-        large = [x for x in jax.tree.leaves(part) if x.size >= 2**10]
-        assert large and all("data" in x.sharding.spec for x in large)
+        large = [
+            x
+            for path, x in jax.tree.leaves_with_path(part)
+            if path[-1].key == "kernel" and np.prod(x.shape[-2:]) >= 2**8
+        ]
+        assert large and all("fsdp" in x.sharding.spec for x in large)
 
 
 @pytest.mark.slow
 def test_one_device_is_as_eight(game, tmp_path):
     """Two steps of both players: metrics 1e-4 rel, parameters 1e-6 abs."""
     config = game.config.copy_and_resolve_references()
-    config.update(fsdp=False, mesh=dict(data=1))
+    config.update(mesh=dict(data=1, fsdp=1))
     one = Game(config, tmp_path, game.batches[2:], start=game.states[2])
     for found, expected in zip(one.metrics, game.metrics[2:], strict=True):
         for name in expected:

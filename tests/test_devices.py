@@ -9,19 +9,24 @@ import pytest
 import toy_run
 from ml_collections import ConfigDict
 
+from rae_jax.layers import partition
 from rae_jax.trainers import registry
-from rae_jax.training import checkpoints, logs, loop, sharding
+from rae_jax.training import checkpoints, logs, loop
 
 STEPS = 4
 DEPTH = 8  # Divides by the devices, and yet must not be split.
-LAYOUTS = {"eight": (8, False), "fsdp": (8, True)}
+LAYOUTS = {
+    "eight": dict(data=8),
+    "fsdp": dict(data=4, fsdp=2),
+    "tensor": dict(data=2, fsdp=2, tensor=2),
+}
 
 
-def small_config(name: str, devices: int, fsdp: bool) -> ConfigDict:
-    config = chain.load(name, f"num_steps={STEPS}", f"mesh.data={devices}")
+def small_config(name: str, mesh: dict[str, int]) -> ConfigDict:
+    config = chain.load(name, f"num_steps={STEPS}")
     config.every = dict(log=1, checkpoint=1, evaluate=0)
     config.keep = STEPS
-    config.fsdp = fsdp
+    config.mesh.update(mesh)
     # AdamW divides the rounding of a vanishing gradient (of a key's bias, say) by
     # its own size, unless eps is well above it.
     config.optimizer.eps = 1e-3
@@ -38,19 +43,19 @@ def runs(request, tmp_path_factory):
     name, found = request.param, {}
     folders = tmp_path_factory.mktemp(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "MIN_SHARDED_SIZE", 2**8)
+        patch.setattr(partition, "MIN_SHARDED_SIZE", 2**8)
         one = folders / "one"
-        found["one"] = registry.train(small_config(name, 1, False), one)
-        for layout, (devices, fsdp) in LAYOUTS.items():
+        found["one"] = registry.train(small_config(name, dict(data=1)), one)
+        for layout, mesh in LAYOUTS.items():
             folder = folders / layout
             shutil.copytree(one, folder)
             for step in range(2, STEPS + 1):
                 shutil.rmtree(checkpoints.folder(folder) / str(step))
-            found[layout] = registry.train(small_config(name, devices, fsdp), folder)
+            found[layout] = registry.train(small_config(name, mesh), folder)
     return {k: (s, logs.read_metrics(folders / k)) for k, s in found.items()}
 
 
-@pytest.mark.parametrize("layout", ["eight", "fsdp"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_eight_devices_equal_one(runs, layout):
     """Losses 1e-5 rel; parameters, which move by about 1e-3, too or 1e-6 abs."""
     (one, one_metrics), (many, many_metrics) = runs["one"], runs[layout]
@@ -73,12 +78,18 @@ def specs(tree) -> dict[str, tuple]:
     }
 
 
-def test_fsdp_splits_parameters_and_moments_but_no_depth(runs):
-    state, _ = runs["fsdp"]
+@pytest.mark.parametrize("layout", ["fsdp", "tensor"])
+def test_parameters_and_moments_are_split_but_no_depth(runs, layout):
+    state, _ = runs[layout]
+    axis = {"fsdp": "fsdp", "tensor": ("fsdp", "tensor")}[layout]
     params = specs(state.params)
-    large = {k for k, x in jax.tree.leaves_with_path(state.params) if x.size >= 2**8}
-    split = {k for k, spec in params.items() if "data" in spec}
-    assert len(split) > 0.8 * len(large)
+    large = {
+        jax.tree_util.keystr(path)
+        for path, x in jax.tree.leaves_with_path(state.params)
+        if path[-1].key == "kernel" and np.prod(x.shape[-2:]) >= 2**8
+    }
+    split = {k for k, spec in params.items() if axis in spec}
+    assert len(large) > 5 and large <= split
     for key in split:
         assert "blocks" not in key or params[key][0] is None
     assert any("blocks" in key for key in split)
@@ -89,7 +100,7 @@ def test_fsdp_splits_parameters_and_moments_but_no_depth(runs):
         found = {k.partition(f".{name}")[2]: v for k, v in moments.items()}
         assert {k: v for k, v in found.items() if k} == params
     for x in jax.tree.leaves(state):
-        share = 8 if "data" in x.sharding.spec else 1
+        share = (2 if axis == "fsdp" else 4) if axis in x.sharding.spec else 1
         assert x.addressable_shards[0].data.size * share == x.size
 
 

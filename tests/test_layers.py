@@ -215,9 +215,12 @@ def test_labels_are_dropped_at_the_rate():
     )
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
-def test_stack_equals_a_loop(remat):
+@pytest.mark.parametrize("remat", ["full", "dots", "none", "unrolled"])
+def test_stack_equals_a_loop(remat, monkeypatch):
     """Values and gradients, also of the condition that the body closes over."""
+    if remat == "unrolled":
+        monkeypatch.setattr(stack, "UNROLLED", 4)
+        remat = "weights"
     graphdef, state = nnx.split(
         stack.Stack(Block, 4, remat=remat, rngs=nnx.Rngs(0)), nnx.Param
     )
@@ -272,7 +275,7 @@ def test_stack_keeps_the_batch_split():
     expected = run(state, x, c)
     with jax.set_mesh(mesh):
         out = run(state, x, c)
-        assert out.sharding.spec == jax.sharding.PartitionSpec("data")
+        assert out.sharding.spec == jax.sharding.PartitionSpec(("data",))
         # A batch that eight devices cannot share is left alone.
         np.testing.assert_allclose(run(state, x[:3], c[:3]), expected[:3], atol=1e-6)
     np.testing.assert_allclose(out, expected, atol=1e-6)

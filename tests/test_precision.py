@@ -29,7 +29,7 @@ def make_design(name: str) -> programs.Design:
     config = chain.load(name)
     config.model.dtype = "bfloat16"
     if name == "latent_diffusion":
-        config.model.update(hidden_size=(40, 80), depth=(DEPTH, DEPTH + 1))
+        config.model.update(hidden_size=(40, 48), depth=(DEPTH, DEPTH + 1))
     else:
         config.model.update(hidden_size=40, depth=DEPTH)
     return registry.design(config)
@@ -113,11 +113,10 @@ def test_products_of_the_blocks_are_bfloat16(traced, name):
         forward = dots(jaxpr, depth)
         assert len(forward) == PRODUCTS[name]
         assert {operands(e) for e in forward} == {("bfloat16",) * 2}
-        # Recomputed, and twice as many gradients. JAX's attention multiplies the
-        # float32 gradient of the logits with q and with k.
-        backward = [operands(e) for e in dots(jaxpr, depth, reverse=True)]
-        mixed = [sorted(types) for types in backward if types != ("bfloat16",) * 2]
-        assert mixed == [["bfloat16", "float32"]] * 2
+        # Recomputed, and twice as many gradients.
+        backward = dots(jaxpr, depth, reverse=True)
+        assert len(backward) >= 2 * PRODUCTS[name]
+        assert {operands(e) for e in backward} == {("bfloat16",) * 2}
 
 
 @TRAINERS

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rae_jax import blocks
 from rae_jax.trainers import registry
-from rae_jax.training import flops, logs, optimizers, sharding, state
+from rae_jax.training import flops, logs, optimizers, state
 
 
 def normal(*shape, seed=0):
@@ -249,48 +249,6 @@ def test_steps_draw_their_own_noise_and_count():
         seen.append(float(metrics["noise"]))
         np.testing.assert_allclose(metrics["lr"], 2e-4 * (i + 1) / 4, rtol=1e-6)
     assert len(set(seen)) == 3 and current.step == 3
-
-
-# Layout of the state
-
-
-def test_state_sharding_splits_the_largest_dimension_but_never_the_depth():
-    mesh = sharding.make_mesh(8)
-    shapes = {
-        "kernel": (512, 256),
-        "odd": (1001, 256),  # The larger dimension does not divide.
-        "none": (1001, 255),
-        "small": (128, 256),
-        "vector": (2**16,),
-        "blocks": {"block": (512, 64, 256), "none": (512, 63, 255)},
-    }
-    leaf = dict(is_leaf=lambda x: isinstance(x, tuple))
-    tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, **leaf)
-    specs = jax.tree.map(
-        lambda s: tuple(s.spec), sharding.state_sharding(tree, mesh, True)
-    )
-    assert specs == {
-        "kernel": ("data", None),
-        "odd": (None, "data"),
-        "none": (None, None),
-        "small": (None, None),
-        "vector": ("data",),
-        "blocks": {"block": (None, None, "data"), "none": (None, None, None)},
-    }
-    for s in jax.tree.leaves(sharding.state_sharding(tree, mesh, False)):
-        assert s.is_fully_replicated
-
-
-def test_meshes_and_batches_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"mesh.data = 9, but 8 device\(s\)"):
-        sharding.make_mesh(9)
-    with pytest.raises(ValueError, match="mesh.data = 0"):
-        sharding.make_mesh(0)
-    mesh = sharding.make_mesh()
-    assert dict(mesh.shape) == {"data": 8}
-    sharding.check_batch_size(32, mesh, 4)
-    with pytest.raises(ValueError, match=r"24 is not a multiple of 16 \(8 devices x 2"):
-        sharding.check_batch_size(24, mesh, 2)
 
 
 # FLOPs

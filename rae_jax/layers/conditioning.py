@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from rae_jax.layers import linear
+from rae_jax.layers import linear, partition
 
 
 class FourierTimeEmbedding(nnx.Module):
@@ -86,7 +86,8 @@ class LabelEmbedding(nnx.Module):
 
     def __call__(self, y: jax.Array) -> jax.Array:
         """Maps labels (b,) in [0, num_classes] to (b, d) float32."""
-        return jnp.take(self.table[...], y, axis=0)
+        table = partition.gather(self.table[...], jnp.float32)
+        return jnp.take(table, y, axis=0)
 
 
 def drop_labels(y: jax.Array, key: jax.Array, rate: float, null: int) -> jax.Array:

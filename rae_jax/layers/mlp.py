@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -41,7 +40,8 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        (h,) = self.fc1.columns(x)
+        return self.fc2.rows(ACTIVATIONS[self.activation](h))
 
 
 class SwiGLU(nnx.Module):
@@ -64,8 +64,8 @@ class SwiGLU(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, value = jnp.split(self.w12(x), 2, axis=-1)
-        return self.w3(jax.nn.silu(gate) * value)
+        gate, value = self.w12.columns(x, 2)
+        return self.w3.rows(jax.nn.silu(gate) * value)
 
 
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:

@@ -1,8 +1,13 @@
 """Normalisation over features and adaLN modulation, always in float32."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+
+from rae_jax.layers import sums
 
 
 def _along_features(weight: jax.Array, ndim: int) -> jax.Array:
@@ -50,15 +55,37 @@ class RMSNorm(nnx.Module):
         return x * _along_features(self.scale[...], x.ndim)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns x * (1 + scale) + shift for tokens x (b, n, d).
+def modulate(
+    x: jax.Array, shift: jax.Array, scale: jax.Array, dtype: DTypeLike = "float32"
+) -> jax.Array:
+    """Returns x * (1 + scale) + shift for tokens x (b, n, d), in `dtype`.
 
     Args:
-        x: Normalised tokens (b, n, d).
-        shift: Per sample (b, d) or per token (b, n, d).
+        x: Normalised tokens (b, n, d), float32.
+        shift: Per sample (b, d) or per token (b, n, d), float32.
         scale: Like `shift`.
+        dtype: What the result, computed in float32, is rounded to.
     """
-    return x * (1 + per_token(scale)) + per_token(shift)
+    x = x * (1 + per_token(scale))
+    if shift.ndim == 2:
+        return _add_per_sample(x, shift, jnp.dtype(dtype))
+    return (x + shift).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _add_per_sample(x, shift, dtype):
+    return (x + shift[:, None, :]).astype(dtype)
+
+
+def _add_per_sample_forward(x, shift, dtype):
+    return _add_per_sample(x, shift, dtype), None
+
+
+def _add_per_sample_backward(dtype, _, gradient):
+    return gradient.astype(jnp.float32), sums.sum_rows(gradient, (1,))
+
+
+_add_per_sample.defvjp(_add_per_sample_forward, _add_per_sample_backward)
 
 
 def per_token(modulation: jax.Array) -> jax.Array:

@@ -1,19 +1,25 @@
 """Equal blocks stored stacked, scanned, and rematerialised by policy."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
+from rae_jax.layers import attention, linear, partition
+
+_keep = jax.checkpoint_policies.save_only_these_names
+_PRODUCTS = (linear.PRODUCT, attention.RESULT)
 REMAT_POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "weights": _keep(partition.GATHERED),
+    "attention": _keep(attention.RESULT),
+    "dots": _keep(*_PRODUCTS),
 }
+# A short stack is no loop, and what it keeps is not copied into stacked arrays.
+UNROLLED = 2
+UNROLLED_POLICY = _keep(partition.GATHERED, *_PRODUCTS)
 
 
 class Stack(nnx.Module):
@@ -27,8 +33,10 @@ class Stack(nnx.Module):
             array like x.
         depth: Number of blocks.
         remat: What the backward pass recomputes: "full" keeps only the tokens
-            between blocks, "dots" also the results of the weight products, "none"
-            everything.
+            between blocks; "weights" also the weights that were gathered from other
+            devices and, in a stack of one or two blocks, the results of products;
+            "attention" the results of attention, "dots" those and the results of
+            the weight products, "none" everything.
         rngs: Randomness of the initial values.
 
     Raises:
@@ -83,45 +91,34 @@ class Stack(nnx.Module):
         def body(carry, step):
             x, total = carry
             block, weight = step
-            x = pin_batch(block(x, *args))
+            x = partition.pin_batch(block(x, *args))
             return (x, total + weight * read(x)), None
 
         shape = jax.eval_shape(read, x)
-        carry = (pin_batch(x), jnp.zeros(shape.shape, shape.dtype))
+        carry = (partition.pin_batch(x), jnp.zeros(shape.shape, shape.dtype))
         steps = (block, jnp.asarray(weights, jnp.float32))
-        return jax.lax.scan(self._remat(body), carry, steps)[0]
+        return self._run(body, carry, steps)[0]
 
     def _scan(self, collect, x, args, start, stop):
         def body(x, block):
-            x = pin_batch(block(x, *args))
+            x = partition.pin_batch(block(x, *args))
             return x, collect(x)
 
-        return jax.lax.scan(self._remat(body), pin_batch(x), self._blocks(start, stop))
+        return self._run(body, partition.pin_batch(x), self._blocks(start, stop))
 
     def _blocks(self, start: int, stop: int | None) -> nnx.Module:
         if (start, stop) in ((0, None), (0, self.depth)):
             return self.block
         return jax.tree.map(lambda p: p[start:stop], self.block)
 
-    def _remat(self, body: Callable) -> Callable:
+    def _run(self, body: Callable, carry: Any, steps: Any) -> tuple[Any, Any]:
         if self.remat == "none":
-            return body
-        # Inside a scan nothing can be merged with the forward pass, so the barriers
+            return jax.lax.scan(body, carry, steps)
+        if self.remat == "weights" and self.depth <= UNROLLED:
+            body = jax.checkpoint(body, policy=UNROLLED_POLICY)
+            return jax.lax.scan(body, carry, steps, unroll=True)
+        # Inside a loop nothing can be merged with the forward pass, so the barriers
         # that prevent it would only cost time.
-        return partial(
-            jax.checkpoint, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
-        )(body)
-
-
-def pin_batch(x: jax.Array) -> jax.Array:
-    """Keeps the leading axis of x split over the mesh axis "data", the others whole.
-
-    Without it the partitioner may split activations over features, which costs
-    collectives in every block. Without a mesh that has an automatic axis "data" of
-    a size that divides the batch, x is returned as it is.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if types.get("data") != AxisType.Auto or x.shape[0] % mesh.shape["data"]:
-        return x
-    return jax.lax.with_sharding_constraint(x, P("data"))
+        policy = REMAT_POLICIES[self.remat]
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        return jax.lax.scan(body, carry, steps)

@@ -82,11 +82,14 @@ class DiTBlock(nnx.Module):
         if modulation.ndim == 3:
             # Or the compiler would keep the sum before it was rounded, twice the size.
             modulation = jax.lax.optimization_barrier(modulation)
-        modulation = modulation.astype(jnp.float32)
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, -1)
-        h = self.attn(norm.modulate(self.norm1(x), shift1, scale1), rotary)
+        parts = jnp.split(modulation, 6, -1)
+        parts = [part.astype(jnp.float32) for part in parts]
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        dtype = self.attn.qkv.dtype
+        h = norm.modulate(self.norm1(x), shift1, scale1, dtype)
+        h = self.attn(h, rotary)
         x = x + norm.per_token(gate1) * h.astype(jnp.float32)
-        h = self.mlp(norm.modulate(self.norm2(x), shift2, scale2))
+        h = self.mlp(norm.modulate(self.norm2(x), shift2, scale2, dtype))
         return x + norm.per_token(gate2) * h.astype(jnp.float32)
 
 

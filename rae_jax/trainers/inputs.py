@@ -118,7 +118,12 @@ def train_batches(data: ConfigDict, seed: int) -> loader.Batches:
 
 
 def eval_batches(
-    data: ConfigDict, split: str, *, limit: int | None = None, flip: bool = False
+    data: ConfigDict,
+    split: str,
+    *,
+    limit: int | None = None,
+    flip: bool = False,
+    shared: bool = True,
 ) -> loader.Batches:
     """Returns one pass over centre-cropped images, with a mask for the padding.
 
@@ -127,6 +132,7 @@ def eval_batches(
         split: "train" or "validation".
         limit: If the split has more images, a fixed random choice of this many.
         flip: Whether to mirror half of them.
+        shared: Whether processes share the rows, or each has all of them.
     """
     source = open_source(data, split)
     if limit is not None and limit < len(source):
@@ -136,6 +142,8 @@ def eval_batches(
         _center_crop(data, flip),
         batch_size=data.batch_size,
         num_workers=data.num_workers,
+        process_index=None if shared else 0,
+        process_count=None if shared else 1,
     )
 
 

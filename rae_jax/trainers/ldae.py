@@ -88,10 +88,12 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
     run = design(config)  # A wrong config fails before the tokenizer is stored.
     path = workdir / frozen.TOKENIZER_NAME
     # Without a checkpoint the file may be that of another config, tried before.
-    if checkpoints.finished_step(workdir) is None or not path.is_file():
+    is_missing = checkpoints.finished_step(workdir) is None or not path.is_file()
+    if is_missing and distributed.is_main():
         components = fit_pca(config)
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizers.save_components(path, components)
+    distributed.barrier("the tokenizer")
     tokenizer = config.tokenizer
     pca = tokenizers.make_pca(
         tokenizers.load_components(path), tokenizer.latent_dim, tokenizer.norm
@@ -109,7 +111,8 @@ def fit_pca(config: ConfigDict) -> dict[str, np.ndarray]:
     size = _patch_size(config)
     moments = tokenizers.PatchMoments(3 * size**2)
     limit = config.tokenizer.num_images
-    with inputs.eval_batches(config.data, config.data.split, limit=limit) as batches:
+    data = config.data
+    with inputs.eval_batches(data, data.split, limit=limit, shared=False) as batches:
         for batch in batches:
             images = batch["image"][batch["mask"] > 0]
             tokens = patches.patchify(images, size).reshape(-1, 3 * size**2)

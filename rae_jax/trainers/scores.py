@@ -225,7 +225,8 @@ def save_real(data, num_classes: int, folder: Path) -> None:
     """Writes training images class by class, in the layout of the samples."""
     source = inputs.open_source(data, data.split)
     found: dict[int, list[np.ndarray]] = {y: [] for y in range(min(num_classes, 10))}
-    with inputs.eval_batches(data, data.split, limit=min(len(source), 2048)) as batches:
+    options = dict(limit=min(len(source), 2048), shared=False)
+    with inputs.eval_batches(data, data.split, **options) as batches:
         for batch in batches:
             for image, y in zip(batch["image"], batch["label"], strict=True):
                 if y in found and len(found[y]) < COLUMNS:
@@ -266,6 +267,6 @@ def _has(data, split: str, count: int) -> bool:
 
 
 def _real(data, split: str, limit: int) -> Iterator[np.ndarray]:
-    with inputs.eval_batches(data, split, limit=limit) as batches:
+    with inputs.eval_batches(data, split, limit=limit, shared=False) as batches:
         for batch in batches:
             yield batch["image"][batch["mask"] > 0]
