@@ -26,7 +26,10 @@ def of_arrays(tree: Any) -> dict[str, int]:
     """Returns the checksum of every array of a tree on the devices, by its path."""
     if jax.default_backend() == "cpu":
         # There products and sums are not fused: one array at a time takes less memory.
-        sums = [_all_sums([x]) for x in jax.tree.leaves(tree)]
+        # Each waits for the one before: simulated devices share a pool of threads, and
+        # many programs with collectives in flight can take all of it and hang.
+        jax.block_until_ready(tree)
+        sums = [jax.block_until_ready(_all_sums([x])) for x in jax.tree.leaves(tree)]
         values = np.concatenate([distributed.to_host(x) for x in sums])
     else:
         values = distributed.to_host(_all_sums(tree))
