@@ -68,9 +68,9 @@ def measure(
 def _is_measured(
     run: claim_runs.Run, decoders: list[claim_runs.Run], num_samples: int
 ) -> bool:
-    decoded = run.scores.get("decoded", {})
+    known = run.scores.get("decoded", {}).keys() & run.scores.get("encoded", {}).keys()
     names = {decoder.path.name for decoder in decoders}
-    return run.scores.get("num_samples") == num_samples and names <= decoded.keys()
+    return run.scores.get("num_samples") == num_samples and names <= known
 
 
 def _save(run: claim_runs.Run, scores: dict[str, Any]) -> None:
@@ -100,18 +100,22 @@ def _generation(
     z = np.concatenate([batch.latents for batch in drawn])
     images = np.concatenate([batch.images for batch in drawn])
     config = configs.read_config(run.path / checkpoints.CONFIG_NAME)
+    by_decoder = {
+        other.path.name: _decode(generator, autoencoder.load(other.path), z, real)
+        for other in decoders
+    }
     return {
         "num_samples": real.num_samples,
         "gflops_per_step": registry.model_flops(config) / 1e9,
         "fd_efflite0": reference.image_distance(images),
         "fd_tokens": reference.token_distance(z),
-        "scales": reference.scales,
-        "decoded": {
-            other.path.name: reference.image_distance(
-                _decode(generator, autoencoder.load(other.path), z, real.batch_size)
-            )
-            for other in decoders
+        "decoded": {k: reference.image_distance(x) for k, x in by_decoder.items()},
+        # The same images as the encoder sees them.
+        "encoded": {
+            name: reference.token_distance(_encode(generator, x, real))
+            for name, x in by_decoder.items()
         },
+        "scales": reference.scales,
     }
 
 
@@ -119,7 +123,7 @@ def _decode(
     generator: generation.Generator,
     decoder: autoencoder.Autoencoder,
     z: np.ndarray,
-    batch_size: int,
+    real: "_Real",
 ) -> np.ndarray:
     """Returns uint8 images (n, h, w, 3) of normalised latents."""
 
@@ -129,7 +133,7 @@ def _decode(
             decoder.decode(params, rae.denormalize(z, stats))
         )
 
-    parts = np.split(z, range(batch_size, len(z), batch_size))
+    parts = np.split(z, range(real.batch_size, len(z), real.batch_size))
     images = [decode(decoder.params, generator.stats, part) for part in parts]
     return np.concatenate([np.asarray(x) for x in images])
 
@@ -138,12 +142,14 @@ class _Reference:
     """Real training images, and the distances of others to them.
 
     Attributes:
-        scales: Both distances of as many other training images as there will be
-            samples, "real", and of decoded noise, "noise".
+        scales: Distances of as many other training images as there will be samples,
+            "real", and of noise, "noise": `fd_tokens` of latents, `fd_efflite0` of
+            images, `fd_encoded` of the latents of those images.
     """
 
-    def __init__(self, generator: generation.Generator, num: int, batch_size: int):
-        self._net = features.make_efflite0(batch_size)
+    def __init__(self, generator: generation.Generator, real: "_Real"):
+        num = real.num_samples
+        self._net = features.make_efflite0(real.batch_size)
         images = _training_images(generator)
         if len(images) < 2 * num:
             raise ValueError(
@@ -153,16 +159,18 @@ class _Reference:
         order = np.random.default_rng(SEED).permutation(len(images))
         held_out, others = images[order[:num]], images[order[num:]]
         self._images = self._measure(others)
-        self._tokens = _token_moments(_encode(generator, others, batch_size))
+        self._tokens = _token_moments(_encode(generator, others, real))
         noise = generate.sample_noise(SEED, np.arange(num), generator.latent_shape)
         noise = np.asarray(noise)
-        decoded = _decode(generator, generator.decoder, noise, batch_size)
-        latents = _encode(generator, held_out, batch_size)
+        decoded = _decode(generator, generator.decoder, noise, real)
+        tokens = self.token_distance(_encode(generator, held_out, real))
         self.scales = {
             "fd_efflite0_real": self.image_distance(held_out),
             "fd_efflite0_noise": self.image_distance(decoded),
-            "fd_tokens_real": self.token_distance(latents),
+            "fd_tokens_real": tokens,
             "fd_tokens_noise": self.token_distance(noise),
+            "fd_encoded_real": tokens,
+            "fd_encoded_noise": self.token_distance(_encode(generator, decoded, real)),
         }
 
     def image_distance(self, images: np.ndarray) -> float:
@@ -189,7 +197,7 @@ class _Real:
 
     def measured(self, generator: generation.Generator) -> _Reference:
         if self._found is None:
-            self._found = _Reference(generator, self.num_samples, self.batch_size)
+            self._found = _Reference(generator, self)
         return self._found
 
 
@@ -200,7 +208,7 @@ def _training_images(generator: generation.Generator) -> np.ndarray:
 
 
 def _encode(
-    generator: generation.Generator, images: np.ndarray, batch_size: int
+    generator: generation.Generator, images: np.ndarray, real: "_Real"
 ) -> np.ndarray:
     """Returns the normalised latents of uint8 images (n, h, w, 3)."""
     loaded = generator.decoder
@@ -210,7 +218,7 @@ def _encode(
         z = loaded.encode(params, inputs.to_float(images))
         return rae.normalize(z, stats)
 
-    parts = np.split(images, range(batch_size, len(images), batch_size))
+    parts = np.split(images, range(real.batch_size, len(images), real.batch_size))
     found = [encode(loaded.params, generator.stats, part) for part in parts]
     return np.concatenate([np.asarray(z) for z in found])
 
