@@ -155,7 +155,7 @@ def _plot(runs: Runs) -> bytes:
     axis.set(xlabel="step", ylabel="loss", yscale="log")
     axis.set_title("One latent: loss by width, and the floors of Theorem 1")
     axis.minorticks_off()
-    axis.set_yticks([0.01, 0.1, 0.25, 0.5, 0.625, 1])
+    axis.set_yticks([0.001, 0.01, 0.1, 0.25, 0.5, 1])
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(alpha=0.3)
     axis.legend()
