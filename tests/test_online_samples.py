@@ -1,6 +1,8 @@
 """Scores of samples while training: which weights, which guidance, which names."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ from ml_collections import ConfigDict
 
 from rae_jax import config as configs
 from rae_jax.evaluation import extractors, quality
-from rae_jax.trainers import judges, online_samples
-from rae_jax.training import sharding
+from rae_jax.trainers import judges, online_samples, registry
+from rae_jax.training import checkpoints, logs, sharding
 
 NAME = "fd_pixels"
 COUNT = 12
@@ -105,3 +107,27 @@ def test_what_cannot_be_scored_is_an_error_before_training(
 ):
     with pytest.raises(configs.ConfigError, match=message):
         make(tmp_path, **block)
+
+
+def test_run_is_scored_and_its_best_state_kept(network, tmp_path):
+    """Guided and unguided at every evaluation; the lowest unguided one is in best/."""
+    given = ["evaluation.efflite0=True", "evaluation.reference=images.npz"]
+    given += [f"evaluation.num_samples={COUNT}", f"evaluation.best={NAME}"]
+    given += ["sampling.guidance_scale=1.5", "sampling.num_points=3"]
+    given += ["every.evaluate=1"]
+    path = Path(__file__).parent.parent / "configs/dit_dh.py:smoke_pixels"
+    config = configs.load_config(str(path), [f"--config.{text}" for text in given])
+    registry.train(config, tmp_path)
+    scores = {r["step"]: r for r in logs.read_metrics(tmp_path) if NAME in r}
+    assert list(scores) == [1, 2, 3]
+    assert all(np.isfinite(r[f"{NAME}_cfg1.5"]) for r in scores.values())
+    best = min(scores, key=lambda step: scores[step][NAME])
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == best
+    assert checkpoints.finished_step(tmp_path / "best") == best
+
+
+def test_judges_without_a_decoder_are_refused(network, tmp_path):
+    path = Path(__file__).parent.parent / "configs/dit_dh.py:smoke"
+    config = configs.load_config(str(path), ["--config.evaluation.efflite0=True"])
+    with pytest.raises(configs.ConfigError, match="decoder = 'none'"):
+        registry.train(config, tmp_path)
