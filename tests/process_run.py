@@ -5,6 +5,7 @@ Usage: process_run.py WORKDIR, with the variables of `distributed.initialize`.
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -28,13 +29,13 @@ class Rows(toy_run.Batches):
 
 def train(workdir: Path, num_steps: int) -> dict[str, np.ndarray]:
     """Trains or goes on; returns the parameters, by name."""
-    partition.MIN_SHARDED_SIZE = 2**4
     config = toy_run.config(num_steps=num_steps, mesh=MESH)
     program = toy_run.program(config)
     program = program.__class__(
         **{**vars(program), "batches": Rows}  # Every process has its own.
     )
-    state = loop.run(program, config, workdir)
+    with mock.patch.object(partition, "MIN_SHARDED_SIZE", 2**4):
+        state = loop.run(program, config, workdir)
     kernel = state.params["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp")
     return distributed.to_host(state.params)

@@ -1,5 +1,7 @@
 """The five trainers: losses fall, probes probe, frozen networks are checked."""
 
+from types import SimpleNamespace
+
 import chain
 import flax.traverse_util
 import jax
@@ -136,7 +138,8 @@ def test_share_of_dropped_labels(rate):
             seen.append(y)
             return x_t
 
-        loss_fn(model, networks, batch, jax.random.key(0))
+        network = SimpleNamespace(outputs=model)
+        loss_fn(network, networks, batch, jax.random.key(0))
         return seen
 
     (y,) = map(np.asarray, labels_of_the_model(networks, batch))
