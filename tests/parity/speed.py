@@ -93,7 +93,7 @@ def ours(args: argparse.Namespace) -> Callable[[str], Callable[[], None]]:
     from ml_collections import ConfigDict
 
     from rae_jax import blocks
-    from rae_jax.diffusion import grids, guidance, samplers
+    from rae_jax.diffusion import guidance, samplers
     from rae_jax.losses import flow_matching
     from rae_jax.models import dit_dh
     from rae_jax.training import optimizers, state
@@ -126,7 +126,7 @@ def ours(args: argparse.Namespace) -> Callable[[str], Callable[[], None]]:
     def sample(guided):
         model = make_model(remat="none", rngs=nnx.Rngs(0))
         graphdef, params = nnx.graphdef(model), state.param_dict(model)
-        times = grids.euler_times(args.points, shift=SHIFT)
+        times = samplers.euler_times(args.points, shift=SHIFT)
 
         @jax.jit
         def draw(params, guide, z, y):
