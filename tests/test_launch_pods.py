@@ -272,6 +272,8 @@ def test_ctrl_c_leaves_the_command_to_logs_and_stop(cluster):
     command = ["bash", str(cluster.root / "launch" / "tpu_pod.sh"), "run", *POD, *TRAIN]
     output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     options = dict(env=cluster.environment(), start_new_session=True, **output)
+    # A test run in the background ignores SIGINT, and its children inherit that.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=cluster.home, **options) as launcher:
         deadline = time.monotonic() + 60
         while not (cluster.fake / "waits").exists() and time.monotonic() < deadline:
