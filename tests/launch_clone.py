@@ -24,6 +24,12 @@ case "$1 ${2-}" in
   ;;
 esac
 """
+# For `python -c`: a suite in the background ignores SIGINT, and so would its children.
+HEEDS_SIGINT = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 DF = "#!/usr/bin/env bash\nprintf 'h\\nd 9 9 {free} 9 /\\n'\n"
 
 

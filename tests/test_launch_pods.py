@@ -9,10 +9,11 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from launch_clone import ROOT, Clone, write_script
+from launch_clone import HEEDS_SIGINT, ROOT, Clone, write_script
 
 from rae_jax.training import interrupts
 
@@ -269,12 +270,11 @@ def test_exit_codes_are_those_of_the_program():
 
 def test_ctrl_c_leaves_the_command_to_logs_and_stop(cluster):
     (cluster.fake / "plan").write_text("wait\n")
-    command = ["bash", str(cluster.root / "launch" / "tpu_pod.sh"), "run", *POD, *TRAIN]
-    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    options = dict(env=cluster.environment(), start_new_session=True, **output)
-    # A test run in the background ignores SIGINT, and its children inherit that.
-    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, cwd=cluster.home, **options) as launcher:
+    script = str(cluster.root / "launch" / "tpu_pod.sh")
+    command = [sys.executable, "-c", HEEDS_SIGINT, "bash", script, "run", *POD, *TRAIN]
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options |= dict(cwd=cluster.home, env=cluster.environment())
+    with subprocess.Popen(command, start_new_session=True, **options) as launcher:
         deadline = time.monotonic() + 60
         while not (cluster.fake / "waits").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -298,9 +298,7 @@ def test_gpu_machine_by_ssh_over_broken_connections(cluster):
     assert len(cluster.read("runs")) == 2
     first = cluster.read("calls")[0]
     assert first.startswith("ssh '-oServerAliveInterval=30' '-p22'")
-    assert any(
-        "CUDA_VISIBLE_DEVICES=0,1 -- rae-jax" in c for c in cluster.read("calls")
-    )
+    assert "CUDA_VISIBLE_DEVICES=0,1 -- rae-jax" in "\n".join(cluster.read("calls"))
     assert "demo,gpu" in cluster.calls()[0]
 
     (cluster.fake / "down").write_text("1\n2\n")
