@@ -30,13 +30,6 @@ ENCODERS = {name: name for name in encoders.EXPERIMENTS} | {
     "smoke_sd_vae": "sd_vae_smoke",
     "smoke_pixels": "pixels_smoke",
 }
-SMOKE = dict(
-    num_steps=3,
-    data=blocks.synthetic(),
-    latent_stats="none",
-    model=dict(hidden_size=32, depth=2, num_heads=2, num_classes=10, dtype="float32"),
-    every=dict(log=1, checkpoint=2, evaluate=3),
-)
 VARIANTS = {
     "s_256": dict(model=dit.PRESETS["s"]),
     "b_256": dict(model=dit.PRESETS["b"]),
@@ -50,36 +43,8 @@ VARIANTS = {
     "sd_vae": dict(latent_stats="none", decoder="own", model=dict(patch_size=2)),
     "pixels": dict(latent_stats="none", decoder="own"),
     "sd_vae_repa": dict(inherits="sd_vae", repa=dict(weight=0.5)),
-    "photos": dict(
-        num_steps=620,
-        data=blocks.photos(batch_size=16),
-        encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
-        latent_stats="../latent_stats",
-        decoder="../rae_decoder",
-        model=dict(
-            hidden_size=192,
-            depth=4,
-            num_heads=4,
-            num_classes=10,
-            remat="none",
-            dtype="float32",
-        ),
-        flow=dict(shift_base=328),  # As in configs/dit_dh.py:photos.
-        optimizer=dict(
-            name="muon",
-            peak_lr=8e-3,
-            final_lr=1e-4,
-            schedule="cosine",
-            warmup_steps=30,
-        ),
-        ema_decay=0.98,
-        every=dict(log=10, checkpoint=50, evaluate=620),
-    ),
-    "smoke": SMOKE
-    | dict(encoder=dict(weights="random", sizes=blocks.SMOKE_SIZES), decoder="none"),
-    "smoke_sd_vae": SMOKE
-    | dict(decoder="own", model=SMOKE["model"] | dict(patch_size=2)),
-    "smoke_pixels": SMOKE | dict(decoder="own"),
+    "photos": blocks.photos_diffusion(dict(hidden_size=192, depth=4, num_heads=4)),
+    **blocks.smoke_diffusion(dict(hidden_size=32, depth=2, num_heads=2)),
 }
 
 

@@ -40,20 +40,6 @@ MUON = dict(
     warmup_steps=25 * STEPS_PER_EPOCH,
     decay_end_step=50 * STEPS_PER_EPOCH,
 )
-SMOKE = dict(
-    num_steps=3,
-    data=blocks.synthetic(),
-    latent_stats="none",
-    model=dict(
-        hidden_size=(32, 64),
-        depth=(2, 1),
-        num_heads=(2, 4),
-        num_classes=10,
-        dtype="float32",
-    ),
-    optimizer=dict(warmup_steps=1, decay_end_step=0),
-    every=dict(log=1, checkpoint=2, evaluate=3),
-)
 VARIANTS = {
     "s_256": dict(model=dit_dh.PRESETS["s"]),
     "b_256": dict(model=dit_dh.PRESETS["b"]),
@@ -102,35 +88,9 @@ VARIANTS = {
             guidance_interval=(0.1, 1.0),
         ),
     ),
-    "photos": dict(
-        num_steps=620,
-        data=blocks.photos(batch_size=16),
-        encoder=dict(weights="../ldae", sizes=blocks.PHOTOS_SIZES),
-        latent_stats="../latent_stats",
-        decoder="../rae_decoder",
-        model=dict(
-            hidden_size=(128, 256),
-            depth=(4, 2),
-            num_heads=(4, 4),
-            num_classes=10,
-            remat="none",
-            dtype="float32",
-        ),
-        # Ten photographs vary far less than their dimension says: what is in a latent
-        # can still be told at high noise, so times shift further towards it.
-        flow=dict(shift_base=328),
-        optimizer=dict(
-            name="muon",
-            peak_lr=8e-3,
-            final_lr=1e-4,
-            schedule="cosine",
-            warmup_steps=30,
-            warmup_from_zero=True,
-            decay_end_step=0,
-        ),
-        ema_decay=0.98,
+    "photos": blocks.photos_diffusion(
+        dict(hidden_size=(128, 256), depth=(4, 2), num_heads=(4, 4)),
         sampling=dict(guidance_scale=2.0),
-        every=dict(log=10, checkpoint=50, evaluate=620),
     ),
     "folder": dict(
         inherits="photos",
@@ -143,11 +103,9 @@ VARIANTS = {
         ema_decay=0.999,
         every=dict(log=50, checkpoint=1_000, evaluate=2_000),
     ),
-    "smoke": SMOKE
-    | dict(encoder=dict(weights="random", sizes=blocks.SMOKE_SIZES), decoder="none"),
-    "smoke_sd_vae": SMOKE
-    | dict(decoder="own", model=SMOKE["model"] | dict(patch_size=2)),
-    "smoke_pixels": SMOKE | dict(decoder="own"),
+    **blocks.smoke_diffusion(
+        dict(hidden_size=(32, 64), depth=(2, 1), num_heads=(2, 4))
+    ),
 }
 
 

@@ -215,3 +215,51 @@ SMOKE_SIZES = dict(
     num_heads=2,
     dtype="float32",
 )
+
+
+def photos_diffusion(model: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Returns what a run of stage 2 on the photographs changes; `model` is its sizes.
+
+    Its workdir lies beside those of `ldae`, `latent_stats` and `rae_decoder`.
+    """
+    return dict(
+        num_steps=620,
+        data=photos(batch_size=16),
+        encoder=dict(weights="../ldae", sizes=PHOTOS_SIZES),
+        latent_stats="../latent_stats",
+        decoder="../rae_decoder",
+        model=dict(model, num_classes=10, remat="none", dtype="float32"),
+        # Ten photographs vary far less than their dimension says: what is in a latent
+        # can still be told at high noise, so times shift further towards it.
+        flow=dict(shift_base=328),
+        optimizer=dict(
+            name="muon",
+            peak_lr=8e-3,
+            final_lr=1e-4,
+            schedule="cosine",
+            warmup_steps=30,
+            warmup_from_zero=True,
+            decay_end_step=0,
+        ),
+        ema_decay=0.98,
+        every=dict(log=10, checkpoint=50, evaluate=620),
+    ) | dict(changes)
+
+
+def smoke_diffusion(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns variants of stage 2 that take seconds, one for each space of latents."""
+    run = dict(
+        num_steps=3,
+        data=synthetic(),
+        latent_stats="none",
+        model=dict(model, num_classes=10, dtype="float32"),
+        optimizer=dict(warmup_steps=1, decay_end_step=0),
+        every=dict(log=1, checkpoint=2, evaluate=3),
+    )
+    encoder = dict(weights="random", sizes=SMOKE_SIZES)
+    return {
+        "smoke": run | dict(encoder=encoder, decoder="none"),
+        "smoke_sd_vae": run
+        | dict(decoder="own", model=dict(run["model"], patch_size=2)),
+        "smoke_pixels": run | dict(decoder="own"),
+    }

@@ -7,6 +7,7 @@ JAX_COMPILATION_CACHE_DIR names a folder for programs that outlive the session.
 """
 
 import fcntl
+import functools
 import gc
 import os
 import shutil
@@ -71,3 +72,36 @@ def runs(tmp_path_factory):
         if not folder.exists():
             chain.train(base / "chain.part").rename(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of `toy_run`, three steps, all checkpoints kept: folder and final state."""
+    import toy_run
+
+    workdir = tmp_path_factory.mktemp("trained")
+    return workdir, toy_run.train(workdir)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of that run."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """Equal commands share networks and programs; on one device, which is faster."""
+    from rae_jax.trainers import generation
+    from rae_jax.training import sharding
+
+    load, mesh = functools.cache(generation.load_converted), sharding.make_mesh(1)
+
+    def load_converted(*sources, **options):
+        return load(*map(str, sources), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "load_converted", load_converted)
+        patch.setattr(sharding, "make_mesh", lambda *args, **options: mesh)
+        yield

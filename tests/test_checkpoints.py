@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_run
+from toy_run import assert_equal, train
 
 from rae_jax.layers import partition
 from rae_jax.training import (
@@ -27,31 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore::pytest.PytestUn{name}ExceptionWarning")
     for name in ("handledThread", "raisable")
 ]
-
-
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((a, b)))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of three steps, all checkpoints kept: its folder and final state."""
-    workdir, config = tmp_path_factory.mktemp("trained"), toy_run.config(num_steps=3)
-    return workdir, loop.run(toy_run.program(config), config, workdir)
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy of that run."""
-    shutil.copytree(trained[0], tmp_path / "run")
-    return tmp_path / "run"
-
-
-def train(workdir, **options):
-    changes = options.pop("config", {})
-    config = toy_run.config(**dict(num_steps=3) | changes)
-    program = toy_run.program(config)
-    return loop.run(program, config, workdir, **options)
 
 
 # ---- Checksums

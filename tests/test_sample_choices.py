@@ -1,6 +1,5 @@
 """`rae-jax sample`: classes of ImageNet by name, and the kinds of guidance."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ from test_converted import DIT_DH, RAE, fails, random, run
 
 from rae_jax.models import dit_dh, rae
 from rae_jax.trainers import generation
-from rae_jax.training import sharding
 
 # As ImageNet's networks, with an early head.
 EARLY = DIT_DH | dict(depth=(2, 1), num_classes=1000, early_depth=1)
@@ -24,18 +22,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Equal commands share networks and programs; on one device, which is faster."""
-    load, mesh = functools.cache(generation.load_converted), sharding.make_mesh(1)
-
-    def load_converted(*sources, **options):
-        return load(*map(str, sources), **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "load_converted", load_converted)
-        patch.setattr(sharding, "make_mesh", lambda *args, **options: mesh)
-        yield
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def command(folder, out, *options, model="early"):

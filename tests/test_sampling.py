@@ -31,18 +31,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Equal commands share networks and programs; on one device, which is faster."""
-    load, mesh = functools.cache(generation.load_converted), sharding.make_mesh(1)
-
-    def load_converted(*sources, **options):
-        return load(*map(str, sources), **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "load_converted", load_converted)
-        patch.setattr(sharding, "make_mesh", lambda count: mesh)
-        yield
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def command(folder, out, *options):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import toy_run
 from jax._src import distributed
+from toy_run import assert_equal, train
 
 from rae_jax import config as configs
 from rae_jax.trainers import frozen
@@ -36,31 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore::pytest.PytestUn{name}ExceptionWarning")
     for name in ("handledThread", "raisable")
 ]
-
-
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((a, b)))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of three steps, all checkpoints kept: its folder and final state."""
-    workdir, config = tmp_path_factory.mktemp("trained"), toy_run.config(num_steps=3)
-    return workdir, loop.run(toy_run.program(config), config, workdir)
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy of that run."""
-    shutil.copytree(trained[0], tmp_path / "run")
-    return tmp_path / "run"
-
-
-def train(workdir, **options):
-    changes = options.pop("config", {})
-    config = toy_run.config(**dict(num_steps=3) | changes)
-    program = toy_run.program(config)
-    return loop.run(program, config, workdir, **options)
 
 
 # ---- Changed configs

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rae_jax import blocks
-from rae_jax.training import optimizers, programs, sharding, state
+from rae_jax.training import loop, optimizers, programs, sharding, state
 
 ROWS, WIDTH, OUT = 8, 16, 4
 
@@ -79,3 +79,14 @@ def program(config: ConfigDict, *, poison: int = 0, evaluate=None) -> programs.P
         batches=lambda: Batches(poison),
         evaluate=evaluate,
     )
+
+
+def train(workdir, **options):
+    """Runs three steps, or goes on to them; `config` changes the config."""
+    changes = options.pop("config", {})
+    chosen = config(**dict(num_steps=3) | changes)
+    return loop.run(program(chosen), chosen, workdir, **options)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((a, b)))
