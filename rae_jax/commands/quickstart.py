@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     timed(workdir, "evaluation", lambda: evaluate(workdir, args.num_samples))
     write_metrics(workdir)
     from rae_jax.reporting import page
+    from rae_jax.trainers import ldae_pictures
 
+    ldae_pictures.draw(workdir / "ldae")
     page.write(workdir, workdir / "report.html")
     for name in ("report.html", "samples.png", "reconstructions.png", "metrics.json"):
         print(workdir / name)
@@ -98,12 +100,20 @@ def load(folder: Path, stage: str, steps: int | None) -> Any:
     if steps is not None:
         if steps < 1:
             raise configs.ConfigError(f"--steps must be at least 1, got {steps}.")
-        config.num_steps = steps
-        if "optimizer" in config:
-            config.optimizer.warmup_steps = min(
-                config.optimizer.warmup_steps, steps - 1
-            )
+        _shorten(config, steps)
     return config
+
+
+def _shorten(config: Any, steps: int) -> None:
+    """Cuts a run, and with it its warm-ups; a critic comes at the same share of it."""
+    before, config.num_steps = config.num_steps, steps
+    blocks = [config.optimizer] if "optimizer" in config else []
+    if "gan" in config:
+        blocks.append(config.gan.optimizer)
+        for key in ("critic_start", "start"):
+            config.gan[key] = min(config.gan[key], config.gan[key] * steps // before)
+    for block in blocks:
+        block.warmup_steps = min(block.warmup_steps, steps - 1)
 
 
 def run_stage(config: Any, stage: Path, workdir: Path, name: str) -> None:
