@@ -8,6 +8,8 @@
 #   RAE_DATA    folder of prepared data, default data, or bucket/data
 #   RAE_RUNS    folder of workdirs, default runs, or bucket/runs; has to be shared by all
 #               machines of a run
+#   RAE_TPU_TYPE  kind of TPU, such as v6e-16; the launchers set it; on other machines the
+#               TPU_ACCELERATOR_TYPE of Google's images counts
 #   RAE_CACHE   compiled programs, default ~/.cache/rae_jax
 # LIBTPU_INIT_ARGS and XLA_FLAGS get the options below before your own, which win.
 
@@ -17,6 +19,10 @@
 RAE_TPU_FLAGS="--xla_enable_async_all_gather=true"
 RAE_TPU_FLAGS+=" --xla_tpu_enable_async_collective_fusion=true"
 RAE_TPU_FLAGS+=" --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+
+# Vector memory for one operation, in KiB: larger tiles make a training step of DiT-DH-XL
+# 8 % shorter on a v6e by the compiler's estimate.
+RAE_V6E_FLAGS="--xla_tpu_scoped_vmem_limit_kib=65536"
 
 # Collectives are asynchronous by default; these hide them behind products. Accepted by
 # jaxlib 0.10.2 for an H100; gone are xla_gpu_enable_async_collectives and
@@ -39,7 +45,9 @@ set_environment() {
     tpu)
       # Without it, a TPU that another process holds is answered by a run on the CPU.
       export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}
-      export LIBTPU_INIT_ARGS="$RAE_TPU_FLAGS${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
+      local flags=$RAE_TPU_FLAGS
+      [[ ${RAE_TPU_TYPE:-${TPU_ACCELERATOR_TYPE-}} != v6e* ]] || flags+=" $RAE_V6E_FLAGS"
+      export LIBTPU_INIT_ARGS="$flags${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
       ;;
     gpu)
       export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}

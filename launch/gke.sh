@@ -73,7 +73,7 @@ where=(--cluster="$cluster" --zone="$zone" ${project:+--project="$project"})
 
 create() {
   local command=(exec bash launch/worker.sh exec tpu)
-  forward RAE_DISTRIBUTED=1 ${pairs[@]+"${pairs[@]}"}
+  forward RAE_DISTRIBUTED=1 RAE_TPU_TYPE="$accelerator" ${pairs[@]+"${pairs[@]}"}
   if [[ $image ]]; then
     # The image's own rae-jax: no tree, so no worker.sh.
     command=(exec env "${PAIRS[@]}" "${COMMAND[@]}")

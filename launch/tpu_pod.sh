@@ -220,7 +220,7 @@ case $verb in
   run)
     need_command
     check_pod_options
-    forward RAE_DISTRIBUTED=1 ${pairs[@]+"${pairs[@]}"}
+    forward RAE_DISTRIBUTED=1 RAE_TPU_TYPE="$accelerator" ${pairs[@]+"${pairs[@]}"}
     trap 'say "the command goes on; see logs, stop and delete."; exit 130' INT
     run_to_the_end "$name" "$logs" "$restarts"
     ;;

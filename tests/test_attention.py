@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from rae_jax.layers import attention, positions, tpu_attention
+from rae_jax.layers import attention, linear, positions, tpu_attention
 from rae_jax.training import sharding
 
 N, HEADS, HEAD_DIM = 256, 2, 24
@@ -159,3 +159,11 @@ def test_batch_stays_split_through_the_kernel():
         )
     (mapped,) = (e for e in jaxpr.eqns if e.primitive.name == "shard_map")
     assert set(mapped.params["in_specs"]) == {P(("data", "fsdp"), None, None)}
+
+
+@pytest.mark.parametrize(("kind", "first"), [("TPU v5", True), ("TPU v6 lite", False)])
+def test_what_a_product_takes_is_made_first_where_that_is_faster(kind, first):
+    layer = linear.linear(8, 16, rngs=nnx.Rngs(0))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(kind=kind)):
+        program = jax.make_jaxpr(lambda x: layer.columns(x)[0])(randn(2, 4, 8))
+    assert ("optimization_barrier" in str(program)) == first

@@ -327,6 +327,7 @@ def test_workload_of_a_gke_cluster(cluster):
     assert values["--restart-on-exit-codes"] == "75,79"
     assert values["--max-restarts"] == "100"
     command = ["exec", "bash", "launch/worker.sh", "exec", "tpu", "RAE_DISTRIBUTED=1"]
+    command.append("RAE_TPU_TYPE=v5p-16")
     assert shlex.split(values["--command"]) == [*command, *TRAIN]
     assert (cluster.fake / "rae_jax.rae.tree" / "launch" / "worker.sh").exists()
     assert wait[1:3] == ["workload", "list"]

@@ -15,7 +15,7 @@ from launch_clone import ROOT, Clone, write_script
 
 from rae_jax import config as configs
 from rae_jax import main
-from rae_jax.planning import compile
+from rae_jax.planning import compile, targets
 
 LAUNCH = ROOT / "launch"
 RECIPES = ("rae_imagenet256", "rae_imagenet512", "ldae_imagenet")
@@ -176,8 +176,13 @@ def test_plan_compiles_with_the_same_options():
     def flags(table):
         return " ".join(f"--{key}={str(value).lower()}" for key, value in table.items())
 
-    assert environment("tpu")["LIBTPU_INIT_ARGS"] == flags(compile.OPTIONS["tpu"])
     assert environment("gpu")["XLA_FLAGS"] == flags(compile.OPTIONS["cuda"])
+    assert environment("tpu")["LIBTPU_INIT_ARGS"] == flags(compile.OPTIONS["tpu"])
+    for name in ("RAE_TPU_TYPE", "TPU_ACCELERATOR_TYPE"):
+        for chip in ("v6e", "v5p", "v4"):
+            found = environment("tpu", **{name: f"{chip}-16"})["LIBTPU_INIT_ARGS"]
+            assert found == flags(compile.options(targets.CHIPS[chip]))
+    assert compile.CHIP_OPTIONS.keys() == {"v6e"}
 
 
 def test_this_jaxlib_accepts_the_gpu_flags():

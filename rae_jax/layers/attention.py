@@ -152,9 +152,7 @@ def choose(b: int, n: int, num_heads: int, head_dim: int, dtype: str) -> str:
     What is chosen on an accelerator is logged once for each shape: a slow choice as a
     warning with its reason.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    here = jax.devices()[0] if device is None else device
+    here = partition.device()
     platform, kind = here.platform, here.device_kind
     if platform in ("gpu", "cuda"):
         program, reason = "cudnn", _refusal_on_gpu(head_dim, dtype)

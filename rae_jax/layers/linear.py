@@ -15,6 +15,7 @@ from rae_jax.layers import partition, sums
 
 Initializer = Callable[..., jax.Array]
 LANES = 128  # Of a TPU's registers.
+FUSES = ("TPU v6",)  # Where a product gains from computing its operand on the way.
 PRODUCT = "product"  # Name of results that `stack.Stack` may keep.
 
 
@@ -56,9 +57,11 @@ class Linear(nnx.Linear):
         A mesh with an axis `tensor` shares out the features of each part, in runs of
         `unit`; the linear map that follows is `rows`.
         """
-        # Made once: fused into the product, the norm before it would be computed anew
-        # for every tile, which takes a TPU half as long as the product itself.
-        x = jax.lax.optimization_barrier(x.astype(self.dtype))
+        x = x.astype(self.dtype)
+        if not partition.device().device_kind.startswith(FUSES):
+            # Made once: fused into the product, the norm before it would be computed
+            # anew for every tile, which takes a TPU v5 half as long as the product.
+            x = jax.lax.optimization_barrier(x)
         size = self.out_features // count
         is_split = partition.splits_features(size, unit)
         # Parts that do not begin at a multiple of a TPU's lanes are costly to cut out

@@ -9,7 +9,7 @@ gathered, and its gradient goes back by reduce-scatter in that type.
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,16 @@ def axis_sizes() -> dict[str, int]:
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if name in AXES and kind == AxisType.Auto
     }
+
+
+def device() -> Any:
+    """Returns a device, or its description, that the program in hand is made for.
+
+    It has a `platform` and a `device_kind`; where a mesh is in use, it is of that mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    found = None if mesh.empty else mesh.abstract_device
+    return jax.devices()[0] if found is None else found
 
 
 def batch_spec(sizes: Mapping[str, int]) -> P:

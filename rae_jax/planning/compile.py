@@ -45,6 +45,10 @@ OPTIONS: dict[str, dict[str, bool]] = {
         "xla_gpu_enable_pipelined_all_reduce": True,
     },
 }
+# And on one kind of chip: the vector memory that an operation may use, in KiB.
+CHIP_OPTIONS: dict[str, dict[str, int]] = {
+    "v6e": {"xla_tpu_scoped_vmem_limit_kib": 65536}
+}
 # Without a GPU at hand nothing can be timed.
 _UNTIMED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 _SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -77,6 +81,11 @@ class Compiled:
     temporary_bytes: float
     seconds: float
     shortage: str = ""
+
+
+def options(chip: targets.Chip) -> dict[str, Any]:
+    """Returns what the compiler for a chip is told."""
+    return OPTIONS[chip.platform] | CHIP_OPTIONS.get(chip.name, {})
 
 
 def check_compiler(target: targets.Target) -> None:
@@ -114,11 +123,11 @@ def topology(target: targets.Target) -> Any:
     try:
         if chip.platform == "tpu":
             shape = "x".join(map(str, target.shape))
-            options: dict[str, Any] = dict(chip.options)
+            arguments: dict[str, Any] = dict(chip.options)
             if target.slices > 1:
-                options["num_slices"] = target.slices
+                arguments["num_slices"] = target.slices
             name = f"{chip.name}:{shape}"
-            found = topologies.get_topology_desc(name, "tpu", **options)
+            found = topologies.get_topology_desc(name, "tpu", **arguments)
         else:
             found = topologies.get_topology_desc(
                 chip.name,
@@ -178,11 +187,11 @@ def _compile(
     program: jax.stages.Lowered, target: targets.Target
 ) -> tuple[jax.stages.Compiled | None, str]:
     """Returns the compiled program, or what the compiler says of too little memory."""
-    options: dict[str, Any] = dict(OPTIONS[target.chip.platform])
+    given = options(target.chip)
     if target.chip.platform == "cuda":
-        options |= _UNTIMED
+        given |= _UNTIMED
     try:
-        return program.compile(compiler_options=options), ""
+        return program.compile(compiler_options=given), ""
     except jax.errors.JaxRuntimeError as error:
         return None, shortage(error)
 

@@ -41,7 +41,7 @@ def report(
         "flops_per_step": done.work.model_flops,
         "steps": done.work.executions,
         "compile_seconds": done.seconds,
-        "compiler_options": dict(compiling.OPTIONS[target.chip.platform]),
+        "compiler_options": compiling.options(target.chip),
     }
     cost = costs.count(done.text, done.links) if done.text else None
     return found | _speed(done, target, cost)
