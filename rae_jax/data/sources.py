@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from rae_jax.data import images, photos, records
+from rae_jax.data import digits, images, photos, records
 
 Record = dict[str, Any]
 
@@ -179,8 +179,10 @@ SOURCES = {
     "flat_folder": FlatFolder,
     "array_record": ArrayRecords,
     "photos": photos.Photos,
+    "digits": digits.Digits,
     "synthetic": Synthetic,
 }
+_EMBEDDED = ("photos", "digits")  # Travel inside packages and are split already.
 
 # Folder names in which data sets commonly keep a split.
 _SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid")}
@@ -207,8 +209,8 @@ def make_source(
         raise ValueError(
             f"Unknown data source {name!r}; choose from {list(SOURCES)}.{hint}"
         )
-    if name == "photos":
-        return photos.Photos(split, **options)
+    if name in _EMBEDDED:
+        return SOURCES[name](split, **options)
     if name == "synthetic":
         return Synthetic(**options)
     if not path:
