@@ -8,11 +8,21 @@ import grain
 import numpy as np
 from PIL import Image
 
-from rae_jax.data import images, resizing
+from rae_jax.data import augment, images, resizing
 
 Picture = np.ndarray | Image.Image
 
-NAMES = ("center_crop", "resize_random_crop", "random_resized_crop", "none")
+MOCO = "moco"
+# Those that cut out a random window, with the smallest share of the area.
+MIN_SCALES = {
+    "random_resized_crop": 0.2,
+    "mae": 0.2,
+    "probe": 0.08,
+    "finetune": 0.08,
+    MOCO: 0.08,
+}
+NAMES = ("center_crop", "resize_random_crop", "none", *MIN_SCALES)
+SECOND = "image2"  # Of a record, the second view of "moco".
 
 
 def center_crop(
@@ -141,24 +151,50 @@ def draws_flip(rng: np.random.Generator) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Transform(grain.transforms.RandomMap):
-    """Decodes the image of a record, crops it by name and perhaps flips it."""
+    """Decodes the image of a record, crops it by name and perhaps flips it.
+
+    "mae", "probe" and "finetune" are random windows as in those protocols;
+    "finetune" goes on with RandAugment and random erasing. "moco" makes two views.
+
+    Attributes:
+        name: One of `NAMES`.
+        image_size: Side of the square results.
+        flip: Whether to mirror half of the images.
+        resampling: See `resizing.resized_window`.
+        min_scale: Smallest share of the area of a random window; 0 for the usual.
+        magnitude: Of `augment.rand_augment` in "finetune"; 0 leaves it out.
+        erasing: Probability of `augment.random_erasing` in "finetune".
+    """
 
     name: str
     image_size: int
     flip: bool = False
     resampling: str = resizing.PILLOW
+    min_scale: float = 0.0
+    magnitude: float = 9.0
+    erasing: float = 0.25
 
     def random_map(
         self, record: dict[str, Any], rng: np.random.Generator
     ) -> dict[str, Any]:
-        """Returns the record with "image" as uint8 (image_size, image_size, 3)."""
+        """Returns the record with "image" as uint8 (image_size, image_size, 3).
+
+        With "moco" also "image2", its other view.
+        """
         record = dict(record)
         name = record.pop("name", "")
         image = record["image"]
         if isinstance(image, bytes):
             image = images.open_rgb(image, name)
+        if self.name == MOCO:
+            for view, key in enumerate(("image", SECOND)):
+                record[key] = self._view(image, view, rng)
+            return record
         image = self._crop(image, rng, name)
-        record["image"] = np.ascontiguousarray(flip(image, rng) if self.flip else image)
+        image = flip(image, rng) if self.flip else image
+        if self.name == "finetune":
+            image = self._strengthened(image, rng)
+        record["image"] = np.ascontiguousarray(image)
         return record
 
     def _crop(self, image: Picture, rng: np.random.Generator, name: str) -> np.ndarray:
@@ -167,8 +203,11 @@ class Transform(grain.transforms.RandomMap):
             return center_crop(image, size, resampling=self.resampling)
         if self.name == "resize_random_crop":
             return resize_random_crop(image, size, rng, resampling=self.resampling)
-        if self.name == "random_resized_crop":
-            return random_resized_crop(image, size, rng, resampling=self.resampling)
+        if self.name in MIN_SCALES:
+            scale = (self.min_scale or MIN_SCALES[self.name], 1.0)
+            return random_resized_crop(
+                image, size, rng, scale=scale, resampling=self.resampling
+            )
         image = np.asarray(image)
         if image.shape != (size, size, 3):
             raise ValueError(
@@ -178,12 +217,24 @@ class Transform(grain.transforms.RandomMap):
             )
         return image
 
+    def _view(self, image: Picture, view: int, rng: np.random.Generator) -> np.ndarray:
+        picture = _picture(self._crop(image, rng, ""))
+        result = np.asarray(augment.byol_view(picture, view, rng))
+        return np.ascontiguousarray(flip(result, rng) if self.flip else result)
+
+    def _strengthened(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.magnitude:
+            picture = Image.fromarray(np.ascontiguousarray(image))
+            image = np.asarray(augment.rand_augment(picture, rng, self.magnitude))
+        return augment.random_erasing(image, rng, self.erasing)
+
 
 def make_transform(
     name: str,
     image_size: int,
     flip: bool = False,
     resampling: str = resizing.PILLOW,
+    **strengths: float,
 ) -> Transform:
     """Returns the transform of records by name.
 
@@ -192,9 +243,10 @@ def make_transform(
         image_size: Side of the square results.
         flip: Whether to mirror half of the images.
         resampling: How to resize, see `resizing.resized_window`.
+        **strengths: `min_scale`, `magnitude` and `erasing` of a `Transform`.
 
     Raises:
-        ValueError: A name or size cannot be.
+        ValueError: A name, size or strength cannot be.
         ModuleNotFoundError: A package for the resampling is missing.
     """
     resizing.check_resampling(resampling)
@@ -202,4 +254,11 @@ def make_transform(
         raise ValueError(f"Unknown transform {name!r}; choose from {list(NAMES)}.")
     if image_size < 1:
         raise ValueError(f"image_size must be positive, got {image_size}.")
-    return Transform(name, image_size, flip, resampling)
+    made = Transform(name, image_size, flip, resampling, **strengths)
+    limits = dict(min_scale=1.0, magnitude=augment.MAX_MAGNITUDE, erasing=1.0)
+    for key, limit in limits.items():
+        if not 0 <= getattr(made, key) <= limit:
+            raise ValueError(
+                f"{key} must be within 0 and {limit:g}, got {getattr(made, key)}."
+            )
+    return made
