@@ -27,3 +27,10 @@ def fit(data, splits=1):
     for part in np.array_split(data, splits):
         moments.add(part)
     return moments.components()
+
+
+def fit_images(images, size):
+    """Components of all patches of uint8 images (b, h, w, 3)."""
+    moments = tokenizers.PatchMoments(3 * size**2)
+    moments.add(patches.patchify(images, size).reshape(-1, 3 * size**2))
+    return moments.components()

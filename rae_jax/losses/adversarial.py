@@ -73,11 +73,11 @@ def generator_loss(logits_fake: jax.Array) -> jax.Array:
 
 
 def adaptive_weight(
-    grads_rec: Any, grads_gan: Any, max_weight: float = 1e4
+    grads_rec: Any, grads_gan: Any, max_weight: float = 1e4, eps: float = _NORM_EPS
 ) -> jax.Array:
     """Weight that gives the adversarial term the gradient norm of the other terms.
 
-    |grads_rec| / (|grads_gan| + 1e-6), clipped, constant under differentiation, from
+    |grads_rec| / (|grads_gan| + eps), clipped, constant under differentiation, from
     VQGAN (arXiv:2012.09841). RAE takes the gradients of the kernel of the decoder's
     last layer, before the optimiser sees them. Gradients of a whole batch give one
     weight; the official code computes one per process from its share.
@@ -86,9 +86,10 @@ def adaptive_weight(
         grads_rec: Gradient of the reconstruction loss, an array or a tree.
         grads_gan: Gradient of the unweighted adversarial loss, likewise.
         max_weight: Upper bound, reached when the adversarial gradient vanishes.
+        eps: Added to the norm; 1e-6 in RAE, 1e-4 in latent diffusion.
     """
     norm_rec, norm_gan = optax.tree.norm(grads_rec), optax.tree.norm(grads_gan)
-    weight = jnp.clip(norm_rec / (norm_gan + _NORM_EPS), 0.0, max_weight)
+    weight = jnp.clip(norm_rec / (norm_gan + eps), 0.0, max_weight)
     return jax.lax.stop_gradient(weight)
 
 

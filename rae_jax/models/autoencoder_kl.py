@@ -113,16 +113,17 @@ class KLEncoder(pretrained.Pretrained, nnx.Module):
             moments: See `moments`.
             eps: Standard normal noise (b, h, w, c); None for the means.
         """
-        mean, log_variance = self._split(moments)
+        mean, log_variance = self.gaussian(moments)
         if eps is not None:
             mean = mean + jnp.exp(0.5 * log_variance) * eps
         return (mean - self.shift_factor) * self.scaling_factor
 
     def variances(self, moments: jax.Array) -> jax.Array:
         """Maps moments (b, h, w, 2c) to the variances (b, h, w, c) of the latents."""
-        return jnp.exp(self._split(moments)[1]) * self.scaling_factor**2
+        return jnp.exp(self.gaussian(moments)[1]) * self.scaling_factor**2
 
-    def _split(self, moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gaussian(self, moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps moments (b, h, w, 2c) to means and log variances, each (b, h, w, c)."""
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(log_variance, *_LOG_VARIANCES)
 
@@ -182,12 +183,20 @@ class KLDecoder(pretrained.Pretrained, nnx.Module):
 
     def images(self, z: jax.Array) -> jax.Array:
         """Maps latents (b, h, w, c) to images (b, H, W, 3) float32 in [-1, 1]."""
+        return self.pixels(self.features(z))
+
+    def features(self, z: jax.Array) -> jax.Array:
+        """Maps latents (b, h, w, c) to what the last layer sees, (b, H, W, d)."""
         x = z / self.scaling_factor + self.shift_factor
         x = x if self.quant is None else self.quant(x)
         x = self.mid(self.conv_in(x).astype(jnp.float32))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
+        return nnx.silu(self.norm_out(x))
+
+    def pixels(self, features: jax.Array) -> jax.Array:
+        """Maps `features` to images (b, H, W, 3) by the last layer, `conv_out`."""
+        return self.conv_out(features).astype(jnp.float32)
 
 
 class AutoencoderKL(pretrained.Pretrained, nnx.Module):

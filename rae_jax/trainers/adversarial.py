@@ -100,7 +100,7 @@ class AdversarialTraining:
             return self._update_critic(critic, new.params, networks, batch, critic_key)
 
         idle = (run.critic, self.critic.idle_metrics(run.critic))
-        critic, critic_metrics = _from(
+        critic, critic_metrics = from_step(
             config.gan.critic_start, run.step, update, run.critic, idle
         )
         metrics |= critic_metrics | optimizers.guard_metrics(new.opt_state)
@@ -200,10 +200,10 @@ class AdversarialTraining:
         none = (jnp.zeros(()), jnp.zeros_like(recon))
         found = {"rec": rec, "lpips": none}
         if self.perceptual_def is not None:
-            found["lpips"] = _from(
+            found["lpips"] = from_step(
                 loss.perceptual_start, run.step, lpips_and_gradient, recon, none
             )
-        found["gan"] = _from(
+        found["gan"] = from_step(
             gan.start, run.step, jax.value_and_grad(generator), recon, none
         )
         values = {k: value for k, (value, _) in found.items()}
@@ -237,7 +237,7 @@ def _without_critic(config: ConfigDict, metrics: state.Metrics) -> jax.Array:
     return metrics["loss_rec"] + config.loss.perceptual_weight * metrics["loss_lpips"]
 
 
-def _from(
+def from_step(
     start: int, step: jax.Array, function: Callable[[Any], Any], x: Any, before: Any
 ) -> Any:
     """Returns function(x) from step `start` on, and `before`, of its shapes, until."""

@@ -36,7 +36,8 @@ def _sums(tree: Any) -> dict[str, jax.Array]:
     sums: dict[str, jax.Array] = {}
     for path, x in jax.tree.leaves_with_path(tree):
         keys = [str(getattr(key, "key", key)) for key in path]
-        stacked = _STACK in keys
+        after = keys[keys.index(_STACK) + 1 :] if _STACK in keys else []
+        stacked = bool(after) and not after[0].isdigit()  # A list is no stack.
         name = "/".join(keys[: keys.index(_STACK) + 1] if stacked else keys[:1])
         axes = tuple(range(1 if stacked else 0, x.ndim))
         total = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes)
