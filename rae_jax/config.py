@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+_SHOWN = 12  # Names that a message lists.
 BEST = "best"  # Folder in a run's workdir: a workdir itself, of the best checkpoint.
 
 
@@ -29,7 +30,9 @@ def suggest(name: str, allowed: Sequence[str], kind: str) -> str:
     """Returns an error text that names the value, the allowed ones and the nearest."""
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown {kind} {name!r}.{hint} Choose from: {', '.join(allowed)}."
+    more = len(allowed) - _SHOWN
+    shown = [*allowed[:_SHOWN], f"{more} more"] if more > 1 else allowed
+    return f"Unknown {kind} {name!r}.{hint} Choose from: {', '.join(shown)}."
 
 
 def apply_variant(

@@ -4,13 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from ml_collections import ConfigDict
 from pca_data import DIM, LATENT, PATCH, fit, smooth_images, tokens_of
 
+from rae_jax import config as configs
 from rae_jax.diffusion import schedules
 from rae_jax.layers import patches
 from rae_jax.losses import denoising
 from rae_jax.models import tokenizers
+from rae_jax.trainers import tokenizer_networks as networks
 
+FINAL = dict(schedule="linear_sigma", input_space="image", target="image")
 COMBINATIONS = [(i, t) for i in denoising.INPUTS for t in denoising.TARGETS]
 
 
@@ -82,9 +87,7 @@ def test_loss_equals_an_independent_one(pca, schedule, input_space, target):
     def net(x, t):
         return jnp.tanh(x @ weight.astype(np.float32)) + t[:, None, None] / 1000
 
-    found, metrics = denoising.denoising_loss(
-        net, images, pca, key, patch_size=PATCH, **options
-    )
+    found, metrics = denoising.denoising_loss(net, images, pca, key, **options)
     t, eps = draws(key, 3, 16)
     expected = numpy_loss(
         lambda x, t: np.tanh(x @ weight) + t / 1000, images, pca, t, eps, options
@@ -96,7 +99,7 @@ def test_loss_equals_an_independent_one(pca, schedule, input_space, target):
 def test_noise_loss_is_a_reweighted_clean_loss(pca):
     """(a): |eps - e|^2 = gamma^2 / sigma^2 |z_0 - z|^2 for the z that e implies."""
     images, key = smooth_images(1, size=16), jax.random.key(2)
-    options = dict(patch_size=PATCH, schedule="linear_gamma2", input_space="latent")
+    options = dict(schedule="linear_gamma2", input_space="latent")
     gamma, sigma = schedules.noise_schedule("linear_gamma2")
     (t,), _ = draws(key, 1, 16)
     ratio = gamma[t] / sigma[t]
@@ -134,6 +137,78 @@ def test_weights_are_the_squared_signal_share():
     np.testing.assert_array_equal(denoising.weights("ddpm_linear", "eps"), 1)
 
 
+def test_weightings_by_name():
+    """Explicit names, where they differ from the paper's choice."""
+    gamma, sigma = schedules.noise_schedule("linear_gamma2")
+    for name, expected in {
+        "one": np.ones(1000),
+        "gamma2": gamma**2,
+        "inverse": 1 / (1 + sigma**2),
+    }.items():
+        for target in ("eps", "latent"):
+            found = denoising.weights("linear_gamma2", target, weighting=name)
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+    weights = denoising.weights("linear_sigma", "image", weighting="gamma2")
+    np.testing.assert_array_equal(weights, 1)
+
+
+def test_pixels_are_the_identity_as_a_basis():
+    """Noise on patches themselves; every target but noise is the same then."""
+    pixels, images = tokenizers.make_pixels(PATCH), smooth_images(2, size=16)
+
+    def net(x, t):
+        return jnp.sin(3 * x)
+
+    def loss(**options):
+        space = dict(schedule="linear_gamma2", input_space="latent")
+        key = jax.random.key(4)
+        return denoising.denoising_loss(net, images, pixels, key, **space | options)[0]
+
+    expected = loss(target="latent")
+    for options in (
+        dict(target="image", residual_weight=0.5),
+        dict(target="image_pca"),
+        dict(target="latent", input_space="image"),
+    ):
+        np.testing.assert_allclose(loss(**options), expected, rtol=1e-5)
+    assert abs(loss(target="eps") - expected) > 1e-3
+
+
+def test_latents_are_drawn_where_they_have_a_posterior():
+    """With a key of its own: the noise of the process stays the same."""
+    block = ConfigDict(dict(name="patch_vae", patch_size=PATCH, latent_dim=LATENT))
+    network = networks.make_network(block, 16, rngs=nnx.Rngs(0))
+    code = networks.wrap(block, network, jnp.ones(LATENT))
+    images = 2 * smooth_images(2, size=16) - 1
+    t, eps = jnp.asarray([3, 900]), jnp.ones((2, 16, LATENT))
+    options = dict(schedule="linear_gamma2")
+    mean, of_mean = denoising.noised(code, images, t, eps, **options)
+    key = jax.random.key(0)
+    drawn, of_drawn = denoising.noised(code, images, t, eps, key=key, **options)
+    assert np.abs(drawn - mean).max() > 0.1
+    gamma = schedules.noise_schedule("linear_gamma2")[0][np.asarray(t)]
+    difference = gamma[:, None, None] * (drawn - mean)
+    np.testing.assert_allclose(of_drawn - of_mean, difference, atol=1e-6)
+
+
+def test_a_learned_variance_adds_its_bound(pca):
+    images, key = smooth_images(2, size=16), jax.random.key(5)
+    options = dict(schedule="ddpm_linear", input_space="latent", target="eps")
+
+    def plain(z_t, t):
+        return 0.9 * z_t
+
+    def both(z_t, t):
+        return jnp.concatenate([plain(z_t, t), jnp.tanh(z_t)], axis=-1)
+
+    loss, metrics = denoising.denoising_loss(
+        both, images, pca, key, learn_sigma=True, **options
+    )
+    alone, _ = denoising.denoising_loss(plain, images, pca, key, **options)
+    assert metrics["vlb"] > 0
+    np.testing.assert_allclose(loss - metrics["vlb"], alone, rtol=1e-5)
+
+
 def test_equal_component_weights_are_the_pixel_error(pca):
     """(c): the basis is orthonormal, so Eq. 4 with weight 1 is the pixel MSE."""
     images, key = smooth_images(1, size=16), jax.random.key(3)
@@ -143,25 +218,41 @@ def test_equal_component_weights_are_the_pixel_error(pca):
         return jnp.sin(3 * noisy)
 
     def run(weight):
-        return denoising.denoising_loss(
-            net, images, pca, key, patch_size=PATCH, residual_weight=weight
-        )[1]["mse"]
+        return denoising.denoising_loss(net, images, pca, key, residual_weight=weight)[
+            1
+        ]["mse"]
 
     (t,), eps = draws(key, 1, 16)
     sigma = schedules.noise_schedule("linear_sigma")[1][t]
-    noisy = pca.decode(pca.encode(x) + sigma * eps)
+    noisy = pca.decode_patches(pca.encode_patches(x) + sigma * eps)
     np.testing.assert_allclose(run(1.0), np.mean((x - net(noisy, t)) ** 2), rtol=1e-5)
     assert run(0.1) < 0.95 * run(1.0)
 
 
-def test_wrong_loss_settings_are_named(pca):
-    options = dict(patch_size=PATCH)
-    for name, value in (("input_space", "pixels"), ("target", "noise")):
+def test_wrong_loss_settings_are_named():
+    for name, value in (
+        ("input_space", "pixels"),
+        ("target", "noise"),
+        ("schedule", "cosine"),
+        ("weighting", "snr"),
+    ):
         with pytest.raises(ValueError, match=f"{name} '{value}'"):
-            denoising.denoising_loss(
-                lambda x, t: x,
-                smooth_images(1),
-                pca,
-                jax.random.key(0),
-                **options | {name: value},
-            )
+            denoising.check(**FINAL | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(tokenizer="conv_vae"), "'pca' or 'pixels', not 'conv_vae'"),
+        (dict(tokenizer="patch_ae", input_space="latent"), "not 'patch_ae'"),
+        (dict(learn_sigma=True), "not with 'image' and 'linear_sigma'"),
+        (
+            dict(learn_sigma=True, target="eps", input_space="latent"),
+            "not with 'eps' and 'linear_sigma'",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other(settings, message):
+    with pytest.raises(configs.ConfigError, match=message):
+        denoising.check(**FINAL | settings)
+    denoising.check(**FINAL)

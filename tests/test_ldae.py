@@ -1,4 +1,4 @@
-"""l-DAE: the patch PCA, the network and the encoder it leaves."""
+"""l-DAE: the network and the encoder it leaves."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from pca_data import DIM, LATENT, PATCH, fit, smooth_images, tokens_of
 
 from rae_jax.layers import patches
 from rae_jax.losses import denoising
-from rae_jax.models import encoders, ldae, tokenizers
+from rae_jax.models import encoders, ldae, ldae_encoder, tokenizers
 from rae_jax.training import state
 
 SIZES = dict(hidden_size=32, depth=3, num_heads=2, rngs=nnx.Rngs(0))
@@ -23,93 +23,6 @@ def components():
 @pytest.fixture(scope="module")
 def pca(components):
     return tokenizers.make_pca(components, LATENT)
-
-
-def test_streamed_components_are_those_of_the_covariance(components):
-    """Against NumPy's covariance in float64, to 1e-10 of the largest variance."""
-    data = tokens_of(smooth_images(64)).astype(np.float64)
-    covariance = np.cov(data, rowvar=False, bias=True)
-    variances, basis = components["variances"], components["basis"]
-    np.testing.assert_allclose(components["mean"], data.mean(axis=0), atol=1e-12)
-    rebuilt = (basis.T * variances[None, :]) @ basis
-    np.testing.assert_allclose(rebuilt, covariance, atol=1e-10 * variances[0])
-    assert (np.diff(variances) <= 0).all()
-    largest = basis[np.arange(DIM), np.abs(basis).argmax(axis=1)]
-    assert (largest > 0).all()
-
-
-@pytest.mark.parametrize("splits", [2, 7, 100])
-def test_components_do_not_depend_on_the_batches(components, splits):
-    """Eigenvectors move by rounding over the gap to the next variance."""
-    data = tokens_of(smooth_images(64))
-    found = fit(data[np.random.default_rng(0).permutation(len(data))], splits)
-    for name in ("mean", "variances"):
-        np.testing.assert_allclose(found[name], components[name], atol=1e-10)
-    np.testing.assert_allclose(found["basis"], components["basis"], atol=1e-6)
-
-
-def test_too_few_patches_are_refused():
-    with pytest.raises(ValueError, match="48 patches cannot determine 48"):
-        fit(np.zeros((DIM, DIM)))
-
-
-@pytest.mark.parametrize("norm", tokenizers.NORMS)
-def test_basis_is_orthonormal_and_complete(components, norm):
-    """V V^T = I; at full dimension decoding inverts encoding; both to 1e-5."""
-    full = tokenizers.make_pca(components, DIM, norm)
-    np.testing.assert_allclose(full.basis @ full.basis.T, np.eye(DIM), atol=1e-5)
-    images = smooth_images(3)
-    x = patches.patchify(2 * images - 1, PATCH)
-    restored = full.decode(full.encode(x))
-    np.testing.assert_allclose(restored, x, atol=1e-5)
-    back = (np.asarray(patches.unpatchify(restored, PATCH)) + 1) / 2
-    np.testing.assert_allclose(back, images, atol=1e-5)
-
-
-def test_decoding_fewer_components_projects(components, pca):
-    x = patches.patchify(2 * smooth_images(3) - 1, PATCH)
-    once = pca.decode(pca.encode(x))
-    np.testing.assert_allclose(pca.decode(pca.encode(once)), once, atol=1e-5)
-    outside = np.asarray(pca.components(x - once))[..., :LATENT]
-    np.testing.assert_allclose(outside, 0, atol=1e-5)
-    unexplained = components["variances"][LATENT:].mean() * (DIM - LATENT) / DIM
-    fitted = tokens_of(smooth_images(64))[None]
-    error = np.mean((pca.decode(pca.encode(fitted)) - fitted) ** 2)
-    np.testing.assert_allclose(error, unexplained, rtol=1e-3)
-
-
-def test_latents_have_the_promised_scale(components):
-    """Held-out patches, 1e-2 for all entries together, 5e-2 for each channel."""
-    held_out = tokens_of(smooth_images(512, start=512))[None]
-    z = {
-        norm: np.asarray(tokenizers.make_pca(components, LATENT, norm).encode(held_out))
-        for norm in tokenizers.NORMS
-    }
-    many = fit(tokens_of(smooth_images(512)))
-    z["global"] = np.asarray(tokenizers.make_pca(many, LATENT).encode(held_out))
-    assert abs(z["global"].std() - 1) < 1e-2
-    assert np.ptp(z["global"].std(axis=(0, 1))) > 0.5  # One scale, not whitening.
-    np.testing.assert_allclose(z["per_channel"].std(axis=(0, 1)), 1, atol=0.1)
-    basis, mean = components["basis"][:LATENT], components["mean"]
-    plain = (held_out - mean[None, None]) @ basis.T
-    np.testing.assert_allclose(z["none"], plain, atol=1e-5)
-
-
-def test_components_survive_a_file(components, tmp_path):
-    path = tmp_path / "tokenizer.npz"
-    tokenizers.save_components(path, components)
-    loaded = tokenizers.load_components(path)
-    assert loaded.keys() == components.keys()
-    for name, values in components.items():
-        np.testing.assert_array_equal(loaded[name], values)
-    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.npz"]
-
-
-def test_wrong_tokenizer_settings_are_named(components):
-    with pytest.raises(ValueError, match="Unknown latent norm 'globl'"):
-        tokenizers.make_pca(components, LATENT, "globl")
-    with pytest.raises(ValueError, match="latent_dim 49"):
-        tokenizers.make_pca(components, DIM + 1)
 
 
 def make_net(**changes):
@@ -153,7 +66,6 @@ def test_patch_embedding_learns_within_the_latent_space_alone(components):
             smooth_images(2),
             pca,
             jax.random.key(0),
-            patch_size=PATCH,
         )[0]
 
     def gradient(pca):
@@ -205,15 +117,15 @@ def test_encoder_is_the_first_half_of_the_network(pca):
     """On PCA-projected images at the fixed level, float32, 1e-6 of the largest."""
     _, params = perturbed(make_net(), scale=0.02)
     net = nnx.merge(nnx.graphdef(make_net()), params)
-    mean, basis = pca.mean, pca.basis[:LATENT]
     sizes = dict(image_size=32, patch_size=PATCH, latent_dim=LATENT, time_index=10)
     sizes |= dict(hidden_size=32, depth=2, num_heads=2)
     encoder = encoders.make_encoder("ldae", rngs=nnx.Rngs(1), **sizes)
-    cut = ldae.encoder_params(params, basis, mean, 2)
+    cut = ldae_encoder.encoder_params(params, pca, 2, True)
     encoder = nnx.merge(nnx.graphdef(encoder), cut)
 
     images = smooth_images(3)
-    projected = pca.decode(pca.encode(patches.patchify(2 * images - 1, PATCH)))
+    x = patches.patchify(2 * images - 1, PATCH)
+    projected = pca.decode_patches(pca.encode_patches(x))
     expected = np.asarray(net.features(projected, jnp.full(3, 10), 2))
     std = np.asarray(encoder.image_std, np.float32)[None, None, None]
     normalised = (images - np.asarray(encoder.image_mean, np.float32)) / std

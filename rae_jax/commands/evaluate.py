@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="OUT.json", help=save)
     _add_judges(parser)
     _add_decoders(parser)
-    generation = parser.add_argument_group("latent_diffusion runs")
+    generation = parser.add_argument_group("latent_diffusion runs, and l-DAE")
     add = generation.add_argument
     add("--num-samples", type=int, default=160, metavar="N", help="default 160")
     real = "real images of fd_efflite0, default 1024"
@@ -117,6 +117,8 @@ def _run_scores(
         found = decoder_scores.decoder_scores(args.target, _options(args, progress))
         hint = "rFID was not measured: give --inception FILE, or --efflite0 instead."
         return found.scores, found.notes if _has_judges(args) else (hint,)
+    if config.trainer == "ldae":
+        return _denoising(args, progress)
     if config.trainer != "latent_diffusion":
         return scores.run_scores(args.target), ()
     if args.reference or args.inception or args.encoder:
@@ -139,6 +141,24 @@ def _run_scores(
         progress=progress,
     )
     return found.scores, (*found.notes, _no_fid())
+
+
+def _denoising(
+    args: argparse.Namespace, progress: Any
+) -> tuple[Mapping[str, float], Iterable[str]]:
+    from rae_jax.trainers import denoising_scores
+
+    found = denoising_scores.run_scores(
+        args.target,
+        _judges(args),
+        num_samples=args.num_samples,
+        num_reference=args.num_reference,
+        batch_size=args.batch_size or _BATCH_SIZE,
+        seed=args.seed,
+        scale=args.guidance_scale,
+        progress=progress,
+    )
+    return found.scores, found.notes
 
 
 def _no_fid() -> str:

@@ -15,7 +15,7 @@ from rae_jax import config as configs
 from rae_jax.data import class_names
 from rae_jax.evaluation import rates
 
-HELP = "Generate images with a latent_diffusion run, or with converted weights."
+HELP = "Generate images with a diffusion model, of a run or of converted weights."
 EXAMPLES = """\
   rae-jax sample runs/dit_dh --out samples.png
   rae-jax sample runs/dit_dh --guidance-scale 1,1.5,2 --sampler heun --out scale.png
@@ -24,6 +24,7 @@ EXAMPLES = """\
   rae-jax sample --model dit-dh-xl-256 --autoencoder rae-dinov2-b \\
       --guide dit-dh-s-256-ep14 --guidance-scale 1.42 --num-samples 50000 --out 50k.npz
   rae-jax sample runs/early --guidance internal --guidance-scale 1.5 --out early.png
+  rae-jax sample runs/t1_linear_g2 --num-points 100 --out samples.png  # of l-DAE
 
 SRC is a file or folder of any layout (see rae-jax convert), a hub id, a name of a
 published model, or the workdir of a run.
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     add = parser.add_argument
-    add("workdir", type=Path, nargs="?", help="folder of a latent_diffusion run")
+    folder = "folder of a latent_diffusion run, or of an l-DAE that generates"
+    add("workdir", type=Path, nargs="?", help=folder)
     out = "a picture (.png: one grid), an array (.npz: arr_0, labels) or a folder"
     add("--out", type=Path, required=True, help=out)
     latents = "also write the normalised latents, for rae-jax evaluate --latents"
@@ -75,7 +77,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--sampler", metavar="NAME", help="such as euler, heun, dopri5, euler_maruyama")
     option = "option of the sampler, such as rtol=1e-4; may be repeated"
     add("--sampler-option", action="append", metavar="KEY=VALUE", help=option)
-    add("--num-points", type=int, help="of the official grid; default 50")
+    points = "of the official grid, default 50; l-DAE: levels visited, default 250"
+    add("--num-points", type=int, help=points)
     zero = "whether to add a last step to t = 0"
     add("--final-zero", action=argparse.BooleanOptionalAction, help=zero)
     scale = "1 for none; several give one output each, with the scale in its name"
@@ -195,7 +198,7 @@ def load(
     Raises:
         ConfigError: Arguments are missing or do not go together.
     """
-    from rae_jax.trainers import generation, inputs
+    from rae_jax.trainers import generation
 
     check_arguments(args)
     changes = sampling_changes(args)
@@ -205,8 +208,8 @@ def load(
         elif args.guidance not in (None, AUTOGUIDANCE):
             changes["guide"] = ""  # The config's is for another guidance.
         generator = generation.load(args.workdir, args.decoder or "", **changes)
-        names = inputs.class_names(generator.config.data, generator.num_classes)
-        return generator, names, generator.config.sampling.guidance_scale
+        usual = generator.config.sampling.guidance_scale
+        return generator, generator.class_names, usual
     generator = generation.load_converted(
         args.model,
         args.autoencoder,

@@ -10,6 +10,7 @@ from jax.scipy.special import ndtri
 
 TIMES = ("logit_normal", "uniform")
 SCHEDULES = ("ddpm_linear", "linear_gamma2", "linear_sigma", "single_sigma")
+PRESERVING = ("ddpm_linear", "linear_gamma2")  # gamma^2 + sigma^2 = 1; end in noise.
 
 
 def uniform_time(u: jax.Array, t_max: float = 0.999) -> jax.Array:
@@ -90,6 +91,12 @@ def noise_schedule(name: str, num_steps: int = 1000) -> tuple[np.ndarray, np.nda
     Raises:
         ValueError: If `name` is none of these.
     """
+    gamma, sigma = exact_schedule(name, num_steps)
+    return gamma.astype(np.float32), sigma.astype(np.float32)
+
+
+def exact_schedule(name: str, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tables of `noise_schedule` in float64, for their differences."""
     if name in ("ddpm_linear", "linear_gamma2"):
         if name == "ddpm_linear":
             gamma2 = np.cumprod(1 - np.linspace(1e-4, 2e-2, num_steps))
@@ -102,4 +109,4 @@ def noise_schedule(name: str, num_steps: int = 1000) -> tuple[np.ndarray, np.nda
         gamma, sigma = np.ones(num_steps), np.full(num_steps, math.sqrt(1 / 3))
     else:
         raise ValueError(f"Unknown noise schedule {name!r}; choose from {SCHEDULES}.")
-    return gamma.astype(np.float32), sigma.astype(np.float32)
+    return gamma, sigma

@@ -19,7 +19,9 @@ from rae_jax.models import rae, rae_layouts
 from rae_jax.trainers import (
     autoencoder,
     chains,
+    denoising_chain,
     frozen,
+    inputs,
     latent_diffusion,
     latent_network,
     sampling,
@@ -40,6 +42,11 @@ class Generator(chains.Chain):
     config: ConfigDict
     decoder: autoencoder.Autoencoder
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that samples can have."""
+        return inputs.class_names(self.config.data, self.num_classes)
+
     def untrained(self) -> "Generator":
         """Returns the same chain with a freshly initialised network."""
         make = latent_network.make_model(self.config)
@@ -50,11 +57,13 @@ class Generator(chains.Chain):
         return dataclasses.replace(self, params=self.params | {"dit": placed})
 
 
-def load(workdir: Path, decoder: str = "", **changes: Any) -> Generator:
+def load(
+    workdir: Path, decoder: str = "", **changes: Any
+) -> Generator | denoising_chain.Generator:
     """Loads the EMA network of a diffusion run and what its config names.
 
     Args:
-        workdir: Folder of a `latent_diffusion` run.
+        workdir: Folder of a `latent_diffusion` run, or of one of `ldae`.
         decoder: Workdir of a decoder run; that of the config if empty.
         **changes: Values in place of those in `config.sampling`.
 
@@ -63,9 +72,17 @@ def load(workdir: Path, decoder: str = "", **changes: Any) -> Generator:
         FileNotFoundError, ValueError: The guide is missing or does not fit.
     """
     config = configs.read_config(workdir / checkpoints.CONFIG_NAME)
+    if config.trainer == "ldae":
+        if decoder:
+            raise configs.ConfigError(
+                f"{workdir} holds a run of 'ldae', whose tokenizer decodes its "
+                "samples: leave --decoder out."
+            )
+        return denoising_chain.load(workdir, config, **changes)
     if config.trainer != "latent_diffusion":
         raise configs.ConfigError(
-            f"{workdir} holds a run of {config.trainer!r}, not of 'latent_diffusion'."
+            f"{workdir} holds a run of {config.trainer!r}, not of 'latent_diffusion' "
+            "or 'ldae'."
         )
     complete = sampling.complete(config.sampling, **changes)
     with config.unlocked():

@@ -93,6 +93,11 @@ class Plan:
     interval: guidance.Interval
     null_label: int
 
+    @property
+    def num_states(self) -> int:
+        """Number of states on the way, with the noise and the sample."""
+        return len(self.sampler.times)
+
     def draw(
         self,
         networks: Mapping[str, nnx.Module],

@@ -18,6 +18,7 @@ from rae_jax.evaluation import (
 )
 from rae_jax.trainers import (
     decoder_scores,
+    denoising_chain,
     generation,
     inputs,
     online_samples,
@@ -29,6 +30,7 @@ from rae_jax.training import checkpoints, sharding
 COLUMNS = 8
 STRIP_POINTS = 9
 STRIP_ROWS = 5
+Generator = generation.Generator | denoising_chain.Generator
 _GENERATED = ("samples", "guided", "untrained")
 
 
@@ -75,7 +77,7 @@ def generation_scores(
     enough validation images, their distance is left out.
 
     Args:
-        workdir: Folder of a `latent_diffusion` run.
+        workdir: Folder of a run of `latent_diffusion`, or of an `ldae` that generates.
         num_samples: Images per compared set.
         num_reference: Training images to compare with.
         batch_size: Samples at a time.
@@ -93,12 +95,7 @@ def generation_scores(
     labels = generate.balanced_labels(num_samples, generator.num_classes, seed)
     net = features.make_efflite0(batch_size)
     reference, held_out = _measure_real(net, data, num_reference, num_samples)
-    options = dict(seed=seed, batch_size=batch_size)
-    sets = {
-        "samples": generator.images(labels, scale=1.0, **options),
-        "guided": generator.images(labels, scale=scale, **options),
-        "untrained": generator.untrained().images(labels, scale=1.0, **options),
-    }
+    sets = _generated(generator, labels, scale, seed=seed, batch_size=batch_size)
     if _has(data, "validation", num_samples):
         sets["real_validation"] = _real(data, "validation", num_samples)
     measured = {"real_train": held_out}
@@ -109,12 +106,27 @@ def generation_scores(
         counted = dict(progress=progress) if name in _GENERATED else {}
         measured[name] = quality.measure(net, picker, name, **counted)
         kept[name] = picker.chosen
+    for by_name in (measured, kept):
+        by_name.setdefault("guided", by_name["samples"])
     save_pictures(generator, shown, kept, scale, seed, folder or Path(workdir))
     results = {name: quality.compare(m, reference) for name, m in measured.items()}
     found = {f"{net.name}_{name}": r.scores[net.name] for name, r in results.items()}
     counts = {"num_samples": num_samples, "num_reference": reference.count}
     found |= counts | {"guidance_scale": scale}
     return quality.Result(found, results["samples"].notes)
+
+
+def _generated(
+    generator: Generator, labels: np.ndarray, scale: float, **options: int
+) -> dict[str, Iterator[np.ndarray]]:
+    """Returns the sets of samples; unguided ones alone where the scale is 1."""
+    sets = {
+        "samples": generator.images(labels, scale=1.0, **options),
+        "untrained": generator.untrained().images(labels, scale=1.0, **options),
+    }
+    if scale != 1:
+        sets["guided"] = generator.images(labels, scale=scale, **options)
+    return sets
 
 
 def generation_quality(
@@ -132,7 +144,7 @@ def generation_quality(
     set, in random order.
 
     Args:
-        workdir: Folder of a `latent_diffusion` run.
+        workdir: Folder of a run of `latent_diffusion`, or of an `ldae` that generates.
         judges: Networks and reference.
         num_samples: 50,000 in papers.
         seed: Of the samples.
@@ -170,7 +182,7 @@ def generation_quality(
 
 
 def save_pictures(
-    generator: generation.Generator,
+    generator: Generator,
     shown: list[np.ndarray],
     images: dict[str, dict[int, np.ndarray]],
     scale: float,
@@ -190,8 +202,9 @@ def save_pictures(
     for name, file in (("samples", "samples"), ("guided", "samples_guided")):
         parts = [np.stack([images[name][i] for i in row.tolist()]) for row in shown]
         pictures.save_rows(folder / f"{file}.png", parts)
-    points = len(generator.plan.sampler.times)
-    keep = tuple(np.linspace(0, points - 1, STRIP_POINTS).astype(int).tolist())
+    last = generator.plan.num_states - 1
+    points = min(STRIP_POINTS, last + 1)
+    keep = tuple(np.linspace(0, last, points).astype(int).tolist())
     chosen = np.arange(STRIP_ROWS) * generator.num_classes // STRIP_ROWS
     states = generator.states(chosen, keep, scale=scale, seed=seed)
     pictures.save_rows(folder / "strip.png", list(states.swapaxes(0, 1)))
