@@ -6,10 +6,11 @@ r"""Stage 1 of RAE (arXiv:2510.11690): a ViT decoder for frozen latents.
 Variants: b, l and xl, the paper's decoders at 256 pixels behind an l-DAE ViT-B; the
 xl decoder behind published encoders, whose weights come from the hub: dinov2_s,
 dinov2_b, dinov2_l, siglip2_b, mae_b, dinov3_l_k7 and dinov3_l_k23 (RAEv2's sums of
-layers), and dinov2_b_512 at 512 pixels with 1024 tokens; behind DINOv2-B also
-upsample_512, 512 pixels from 256 tokens, xl_tpu, the other published optimiser, and
-one_gpu_80gb and one_gpu_24gb, the recipe in parts; photos; folder, for an encoder that
-you trained on your own images; smoke, and smoke_gan with a critic.
+layers); ldae_vit_b, an l-DAE converted to a plain ViT in runs/ldae_vit; dinov2_b_512
+at 512 pixels with 1024 tokens; behind DINOv2-B also upsample_512, 512 pixels from 256
+tokens, xl_tpu, the other published optimiser, and one_gpu_80gb and one_gpu_24gb, the
+recipe in parts; photos; folder, for an encoder that you trained on your own images;
+smoke, and smoke_gan with a critic.
 """
 
 from typing import Any
@@ -29,6 +30,7 @@ VARIANTS = {
     "l": dict(model=decoder.PRESETS["l"]),
     "xl": {},
     **{name: {} for name in encoders.EXPERIMENTS},
+    "ldae_vit_b": {},
     "dinov2_b_512": dict(data=dict(image_size=512)),
     "upsample_512": dict(data=dict(image_size=512)),
     "xl_tpu": dict(optimizer=TPU_OPTIMIZER, gan=dict(optimizer=TPU_OPTIMIZER)),

@@ -29,13 +29,16 @@ def run(trainer: str, *, num_steps: int, seed: int = 42) -> ConfigDict:
 def data(**changes: Any) -> dict[str, Any]:
     """Returns a data block for ImageNet at 256 pixels, with changes."""
     block = dict(
-        source="array_record",  # class_folder, flat_folder, photos or synthetic.
+        source="array_record",  # class_folder, flat_folder, photos, digits ...
         path="data/imagenet256",
         split="train",
         image_size=256,
         transform="center_crop",
         flip=True,
         resampling="pillow",  # simd: twice as fast, not to the bit; training alone.
+        min_scale=0.0,  # Smallest share of the area of a random crop; 0: the usual.
+        magnitude=9.0,  # Of RandAugment, in the transform "finetune" ...
+        erasing=0.25,  # ... and the probability of random erasing there.
         batch_size=1024,
         limit=0,  # Training images used, a fixed random choice; 0: all.
         num_workers=16,
@@ -55,6 +58,19 @@ def photos(batch_size: int) -> dict[str, Any]:
         batch_size=batch_size,
         num_workers=0,
         validation_size=160,
+    )
+
+
+def digits(batch_size: int) -> dict[str, Any]:
+    """Returns the embedded digits at 32 pixels."""
+    return data(
+        source="digits",
+        path="",
+        image_size=32,
+        flip=False,
+        batch_size=batch_size,
+        num_workers=0,
+        validation_size=1_000,
     )
 
 
@@ -90,6 +106,44 @@ def optimizer(**changes: Any) -> dict[str, Any]:
     return block | changes
 
 
+def tokenizer(**changes: Any) -> dict[str, Any]:
+    """Returns the tokenizer of l-DAE, patch PCA, with changes."""
+    block = dict(
+        name="pca",  # pixels, patch_ae, patch_vae, conv_vae or sd_vae.
+        patch_size=16,  # Pixels per token side; a convolutional one's stride twice.
+        latent_dim=32,  # Values per token; four times the channels of a convolution.
+        norm="global",  # per_channel or none: what latents are divided by.
+        num_images=51_200,  # To fit components and scale.
+        weights="",  # Workdir of a tokenizer run; sd_vae: a hub id or folder.
+        sizes=dict(  # Of conv_vae and sd_vae.
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            norm_num_groups=32,
+            mid_block_add_attention=True,
+            dtype="float32",
+        ),
+    )
+    return block | changes
+
+
+# Sizes of a convolutional tokenizer with 8 pixels per token side, and those for smoke.
+PHOTOS_CONVOLUTIONS = dict(
+    block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8
+)
+SMOKE_CONVOLUTIONS = dict(
+    block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4
+)
+
+
+_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    norm_num_groups=32,
+    mid_block_add_attention=True,
+    scaling_factor=1.0,  # Of sd_vae 0.18215.
+)
+
+
 def encoder(weights: str, **sizes: Any) -> dict[str, Any]:
     """Returns an l-DAE encoder: base size at 256 pixels unless sizes are given."""
     base = dict(
@@ -99,7 +153,16 @@ def encoder(weights: str, **sizes: Any) -> dict[str, Any]:
         hidden_size=768,
         depth=12,
         num_heads=12,
-        time_index=10,
+        time_index=10,  # Noise level that the network is told.
+        tokenizer="pca",
+        input_space="image",
+        clean="projected",  # raw: images as they are, without the projection.
+        schedule="linear_sigma",
+        num_levels=1000,
+        num_classes=0,
+        mlp_ratio=4.0,
+        condition_divisor=4,
+        vae=dict(_VAE),  # Of a convolutional tokenizer.
         dtype="bfloat16",
     )
     return dict(name="ldae", weights=weights, ema=True, sizes=base | sizes)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HELP = "Convert weights between the layouts of PyTorch's libraries and ours."
 LAYOUTS = ("official", "diffusers", "huggingface", "rae_jax")
 KINDS = ("autoencoder", "autoencoder_kl", "decoder", "latent_stats", "dit", "dit_dh")
-KINDS += ("discriminator", "encoder", "lpips", "inception")
+KINDS += ("discriminator", "encoder", "lpips", "inception", "mae")
 EXAMPLES = """\
 SRC is a file or folder, a hub id (owner/name, owner/name:path/in/repo), the name of a
 published model such as dit-dh-xl-256, or the workdir of a run. DST is a folder, or a
@@ -32,10 +32,14 @@ missing, unexpected or of another shape.
   rae-jax convert stage2_model.pt weights/dit_dh_xl --part ema
   rae-jax convert weights/dit_dh_xl stage2_model.pt
   rae-jax convert runs/rae_decoder model.pt            # a run's decoder, EMA weights
+  rae-jax convert runs/ldae weights/ldae_vit --target huggingface --set time_index=10
   rae-jax convert ep-last.pt weights/rae --set latent_stats=stat.pt
   rae-jax convert weights/rae weights/diffusers --target diffusers
   rae-jax convert sd-vae-ft-ema weights/sd_vae
   rae-jax convert facebook/vit-mae-base weights/mae_b --set image_size=256
+  rae-jax convert runs/mae weights/mae --target huggingface     # ViTMAEModel
+  rae-jax convert runs/mae weights/mae --kind mae --target huggingface  # and decoder
+  rae-jax convert vit-b-300ep.pth.tar weights/mocov3_b --set name=mocov3
   rae-jax convert model.pt weights/decoder --set num_heads=12 --dry-run
 """
 

@@ -17,6 +17,7 @@ NAMES = {
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
     "vit_mae": "mae",
+    "ijepa": "ijepa",
     "dinov3_vit": "dinov3",
 }
 _VIT_B = dict(
@@ -35,6 +36,8 @@ DEFAULTS = {
     "siglip": _VIT_B
     | dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
     "mae": _VIT_B
+    | dict(intermediate_size=3072, hidden_act="gelu", layer_norm_eps=1e-12),
+    "ijepa": _VIT_B
     | dict(intermediate_size=3072, hidden_act="gelu", layer_norm_eps=1e-12),
     "dinov3": dict(
         hidden_size=384,
@@ -81,6 +84,7 @@ _CLASSES = {
     ),
     "siglip": ("SiglipVisionModel", "siglip_vision_model", "SiglipImageProcessor"),
     "mae": ("ViTMAEModel", "vit_mae", "ViTImageProcessor"),
+    "ijepa": ("IJepaModel", "ijepa", "ViTImageProcessor"),
     "dinov3": ("DINOv3ViTModel", "dinov3_vit", "DINOv3ViTImageProcessorFast"),
 }
 

@@ -1,7 +1,7 @@
 """Names of pretrained encoders' tensors, and what is fixed in each family.
 
-Names are those of the published files (transformers 4, timm for "dino"), without the
-wrappers' prefixes; `canonical` turns every other spelling into them.
+Names are those of the published files (transformers 4; timm for "dino", "mocov3"),
+without the wrappers' prefixes; `canonical` turns every other spelling into them.
 """
 
 import dataclasses
@@ -68,6 +68,9 @@ FAMILIES = {
         key_bias=False,
     ),
     "dino": Family(**IMAGENET),
+    "mocov3": Family(**IMAGENET),
+    # Without a class token; also what an l-DAE encoder at a fixed time becomes.
+    "ijepa": Family(**IMAGENET, cls_token=False),
 }
 FACTS = [field.name for field in dataclasses.fields(Family)]
 SIZES = ("patch_size", "hidden_size", "depth", "num_heads", "intermediate_size")
@@ -173,6 +176,8 @@ _NAMES = {
         cls_token="cls_token",
     ),
 }
+_NAMES["ijepa"] = _NAMES["mae"]
+_NAMES["mocov3"] = _NAMES["dino"]
 
 
 def table(
@@ -321,13 +326,16 @@ _SPELLINGS = {
 }
 # Other networks and heads in published files, beside the encoder.
 _BESIDE = ("decoder.", "text_model.", "logit_scale", "logit_bias", "classifier.")
+_BESIDE += ("momentum_encoder.", "predictor.")
+_PROJECTOR = r"head\.\d+\."  # Inside MoCo v3's encoders.
 
 
 def canonical(source: sources.TensorSource) -> sources.TensorSource:
     """Returns an encoder's tensors under the names that `table` lists.
 
     Accepts the spellings of transformers 4 and 5 and any prefix of a wrapper. Text
-    towers, decoders and classifiers that lie beside the encoder are left out.
+    towers, decoders, classifiers, a momentum encoder and projectors that lie beside the
+    encoder are left out.
 
     Raises:
         ValueError: There is no patch embedding of a known encoder.
@@ -337,6 +345,8 @@ def canonical(source: sources.TensorSource) -> sources.TensorSource:
     for old in sorted(source.shapes):
         name = old.removeprefix(prefix)
         if not old.startswith(prefix) and old.startswith(_BESIDE):
+            continue
+        if re.match(_PROJECTOR, name):
             continue
         for pattern, replacement in spellings:
             name = re.sub(pattern, replacement, name)
@@ -362,6 +372,8 @@ def _anchor(source: sources.TensorSource) -> tuple[str, list[tuple[str, str]]]:
     """Returns the prefix of an encoder's names and its other spellings."""
     for anchor, spellings in _SPELLINGS.items():
         for name in source.shapes:
+            if name.startswith(_BESIDE):
+                continue
             if name == anchor or name.endswith(f".{anchor}"):
                 return name.removesuffix(anchor), spellings
     raise ValueError(

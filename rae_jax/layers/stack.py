@@ -62,11 +62,24 @@ class Stack(nnx.Module):
         self.block = jax.vmap(lambda key: make_block(rngs=nnx.Rngs(key)))(keys)
 
     def __call__(
-        self, x: jax.Array, *args: Any, start: int = 0, stop: int | None = None
+        self,
+        x: jax.Array,
+        *args: Any,
+        start: int = 0,
+        stop: int | None = None,
+        each: tuple = (),
     ) -> jax.Array:
-        """Runs blocks [start, stop) on x, each called as block(x, *args)."""
+        """Runs blocks [start, stop) on x.
+
+        Args:
+            x: What the first block takes.
+            *args: What every block takes, called as block(x, *args, *own).
+            start: First block.
+            stop: One beyond the last block; all that are left when None.
+            each: What each block has of its own, arrays with the block first.
+        """
         # The body returns no per-block output: scan would stack what it returned.
-        return self._scan(lambda x: None, x, args, start, stop)[0]
+        return self._scan(lambda x: None, x, args, start, stop, each)[0]
 
     def features(
         self, x: jax.Array, *args: Any, start: int = 0, stop: int | None = None
@@ -99,12 +112,14 @@ class Stack(nnx.Module):
         steps = (block, jnp.asarray(weights, jnp.float32))
         return self._run(body, carry, steps)[0]
 
-    def _scan(self, collect, x, args, start, stop):
-        def body(x, block):
-            x = partition.pin_batch(block(x, *args))
+    def _scan(self, collect, x, args, start, stop, each=()):
+        def body(x, step):
+            block, own = step
+            x = partition.pin_batch(block(x, *args, *own))
             return x, collect(x)
 
-        return self._run(body, partition.pin_batch(x), self._blocks(start, stop))
+        steps = (self._blocks(start, stop), each)
+        return self._run(body, partition.pin_batch(x), steps)
 
     def _blocks(self, start: int, stop: int | None) -> nnx.Module:
         if (start, stop) in ((0, None), (0, self.depth)):

@@ -16,7 +16,15 @@ from flax import nnx
 
 from rae_jax import config as configs
 from rae_jax.convert import sources, stats_files, tables
-from rae_jax.models import kinds, pretrained, recording, writers
+from rae_jax.models import (
+    kinds,
+    ldae_encoder,
+    ldae_merging,
+    pretrained,
+    recording,
+    vit_encoder,
+    writers,
+)
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -78,8 +86,9 @@ class Network(NamedTuple):
         if self.table is not None:
             found.append((f"from {self.layout}", self._rows(self.table)))
         if layout != pretrained.OWN_LAYOUT:
-            export = self.export(layout, **options)
-            rows = self._rows(export.table, "made anew", export.rename)
+            written = self.written(layout)
+            export = written.export(layout, **options)
+            rows = written._rows(export.table, "made anew", export.rename)
             rows += [(name, "-", "from arguments") for name in export.added]
             found.append((f"to {layout}", rows))
         if not found:
@@ -122,10 +131,28 @@ class Network(NamedTuple):
             ours = writers.cast(self.parameters, self.shapes, DTYPES[dtype])
             writers.write_own(path, self.cls.__name__, self.arguments, ours)
             return
-        export = self.export(layout, **options)
+        network = self.written(layout)
+        export = network.export(layout, **options)
         if path.suffix in sources.WEIGHT_SUFFIXES:
             path, export = path.parent, export._replace(file=path.name)
-        writers.write_foreign(path, export, self.parameters, self.shapes, DTYPES[dtype])
+        ours, shapes = network.parameters, network.shapes
+        writers.write_foreign(path, export, ours, shapes, DTYPES[dtype])
+
+    def written(self, layout: str) -> "Network":
+        """Returns the network that a file of a layout holds.
+
+        Of an l-DAE encoder a foreign one holds the plain ViT that it is at its level.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if self.cls is not ldae_encoder.LDAEEncoder or layout != kinds.HUGGINGFACE:
+            return self
+        arguments, arrays = ldae_merging.merge(self.arguments, self.parameters)
+        cls = vit_encoder.ViTEncoder
+        arguments, shapes = structure(cls, arguments)
+        source = sources.from_arrays(arrays, self.parameters.origin)
+        return Network(self.kind, self.layout, cls, arguments, shapes, source)
 
 
 class Statistics(NamedTuple):

@@ -16,10 +16,10 @@ from flax import nnx
 
 from rae_jax import blocks, config
 from rae_jax.convert import encoder_names
-from rae_jax.models import autoencoder_kl, ldae, pixels, vit_encoder
+from rae_jax.models import autoencoder_kl, ldae_encoder, pixels, vit_encoder
 
 Pair = tuple[nnx.Module, nnx.Module]
-ENCODERS = {"ldae": ldae.LDAEEncoder} | {
+ENCODERS = {"ldae": ldae_encoder.LDAEEncoder} | {
     name: partial(vit_encoder.ViTEncoder, name) for name in encoder_names.FAMILIES
 }
 
@@ -61,9 +61,15 @@ _DINOV2_REG = "facebook/dinov2-with-registers"
 _DINOV3 = "facebook/dinov3-vit{}16-pretrain-lvd1689m"
 _K7, _K23 = tuple(range(11, 24, 2)), tuple(range(1, 24))
 
+_MERGED = encoder_names.HALF | dict(activation="gelu_tanh")
+
 # Blocks for `config.encoder`, with the input sizes of the official configs where
 # there is one, else those that the encoder was trained for.
 PRESETS = {
+    # l-DAE at a fixed noise level as a plain ViT: `rae-jax convert RUN runs/ldae_vit
+    # --target huggingface`.
+    "ldae_vit_b": _preset("ijepa", "runs/ldae_vit", "b", 16, 256, **_MERGED),
+    "ldae_vit_l": _preset("ijepa", "runs/ldae_vit", "l", 16, 256, **_MERGED),
     "dinov2_s": _dinov2(f"{_DINOV2_REG}-small", "s"),
     "dinov2_b": _dinov2(f"{_DINOV2_REG}-base", "b"),
     "dinov2_l": _dinov2(f"{_DINOV2_REG}-large", "l"),
@@ -103,6 +109,9 @@ PRESETS = {
     "dino_s8": _preset("dino", "timm/vit_small_patch8_224.dino", "s", 8, 224),
     "dino_s16": _preset("dino", "timm/vit_small_patch16_224.dino", "s", 16, 224),
     "dino_b16": _preset("dino", "timm/vit_base_patch16_224.dino", "b", 16, 224),
+    # The official weights; its own files (vit-b-300ep.pth.tar) are read, too.
+    "mocov3_b": _preset("mocov3", "nyu-visionx/moco-v3-vit-b", "b", 16, 224),
+    "mocov3_l": _preset("mocov3", "nyu-visionx/moco-v3-vit-l", "l", 16, 224),
 }
 
 

@@ -18,7 +18,8 @@ from rae_jax.models import (
     encoders,
     inception,
     judge_layouts,
-    ldae,
+    ldae_encoder,
+    mae,
     perceptual,
     pretrained,
     rae,
@@ -57,13 +58,18 @@ def _open_encoder(
     """Opens an encoder; what a bare file does not tell are a preset's sizes."""
     if not vit_encoder.read_arguments(path):
         source = encoder_names.canonical(sources.open_tensors(path, part))
-        overrides = _preset(source) | overrides
+        overrides = _preset(source, overrides.get("name")) | overrides
     return vit_encoder.ViTEncoder.open_foreign(path, part, overrides)
 
 
-def _preset(source: sources.TensorSource) -> Arguments:
-    """Returns the arguments of the first preset that tensors fit; {} for none."""
+def _preset(source: sources.TensorSource, name: str | None) -> Arguments:
+    """Returns the arguments of the first preset that tensors fit; {} for none.
+
+    With a name it is one of that family.
+    """
     for preset in encoders.PRESETS.values():
+        if name not in (None, preset["name"]):
+            continue
         arguments = {"name": preset["name"]} | preset["sizes"]
         table = encoder_names.table(**arguments)
         known = {e.name for e in (*table.entries, *table.extras)}
@@ -112,11 +118,13 @@ KINDS = {
     ),
     "encoder": Kind(
         r".*(patch_embeddings?(\.projection)?|patch_embed\.proj)\.weight",
-        (vit_encoder.ViTEncoder, ldae.LDAEEncoder),
+        (vit_encoder.ViTEncoder, ldae_encoder.LDAEEncoder),
         (HUGGINGFACE,),
         _open_encoder,
         vit_encoder.ViTEncoder.export,
     ),
+    # Told by hand: the encoder in such a file is what is mostly wanted.
+    "mae": _of(r"decoder\.decoder_pred\.weight", mae.MAE, HUGGINGFACE),
 }
 NAMES = (*KINDS, STATS)
 

@@ -56,20 +56,51 @@ class ViTBlock(nnx.Module):
         self.scale2 = _gain(hidden_size, layer_scale)
 
     def __call__(
-        self, x: jax.Array, rotary: attention.Rotary | None = None
+        self,
+        x: jax.Array,
+        rotary: attention.Rotary | None = None,
+        keep: jax.Array | None = None,
     ) -> jax.Array:
         """Maps tokens (b, n, d) float32 to tokens (b, n, d) float32.
 
-        `rotary` are tables as `attention.Attention` takes them.
+        Args:
+            x: Tokens.
+            rotary: Tables as `attention.Attention` takes them.
+            keep: Factors (2, b) of the two branches of each sample, see `draw_keep`.
         """
-        x = x + _scaled(self.attn(self.norm1(x), rotary), self.scale1)
-        return x + _scaled(self.mlp(self.norm2(x)), self.scale2)
+        first, second = (None, None) if keep is None else keep
+        x = x + _scaled(self.attn(self.norm1(x), rotary), self.scale1, first)
+        return x + _scaled(self.mlp(self.norm2(x)), self.scale2, second)
+
+
+def draw_keep(key: jax.Array, rate: float, depth: int, batch_size: int) -> jax.Array:
+    """Draws which branches of a stack are left out, as stochastic depth does.
+
+    arXiv:1603.09382: the rate rises linearly from 0 in the first block to `rate` in
+    the last. A branch is left out for single samples; those kept are scaled up, so
+    that the mean does not change.
+
+    Returns:
+        Factors (depth, 2, batch_size): 0, or 1 / (1 - the rate of the block).
+
+    Raises:
+        ValueError: The rate is not within [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate must be within [0, 1), got {rate}.")
+    share = 1 - jnp.linspace(0, rate, depth)[:, None, None]
+    kept = jax.random.uniform(key, (depth, 2, batch_size)) < share
+    return kept / share
 
 
 def _gain(hidden_size: int, value: float | None) -> nnx.Param | None:
     return None if value is None else nnx.Param(jnp.full((hidden_size,), value))
 
 
-def _scaled(branch: jax.Array, gain: nnx.Param | None) -> jax.Array:
+def _scaled(
+    branch: jax.Array, gain: nnx.Param | None, keep: jax.Array | None
+) -> jax.Array:
     branch = branch.astype(jnp.float32)
+    if keep is not None:
+        branch = branch * keep[:, None, None]
     return branch if gain is None else branch * gain[...][None, None, :]

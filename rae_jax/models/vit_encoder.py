@@ -170,13 +170,33 @@ class ViTEncoder(pretrained.Pretrained, nnx.Module):
         Raises:
             ValueError: If the indices do not increase or there is no such block.
         """
+        return [x[:, self.prefix :] for x in self.block_tokens(images, indices)]
+
+    def block_tokens(
+        self,
+        images: jax.Array,
+        indices: Sequence[int],
+        keep: jax.Array | None = None,
+    ) -> list[jax.Array]:
+        """Returns what `block_features` does, class token and registers included.
+
+        Args:
+            images: Normalised images (b, h, w, 3).
+            indices: Blocks counted from 0, increasing.
+            keep: Factors (depth, 2, b) of the blocks' branches, see `vit.draw_keep`.
+
+        Raises:
+            ValueError: If the indices do not increase or there is no such block.
+        """
         x, rotary = self._embed(images)
-        features, start = [], 0
+        found, start = [], 0
         for index in _checked_layers(indices, self.blocks.depth):
-            x = self.blocks(x, rotary, start=start, stop=index + 1)
-            features.append(x[:, self.prefix :])
-            start = index + 1
-        return features
+            stop = index + 1
+            each = () if keep is None else (keep[start:stop],)
+            x = self.blocks(x, rotary, start=start, stop=stop, each=each)
+            found.append(x)
+            start = stop
+        return found
 
     @classmethod
     def open_foreign(

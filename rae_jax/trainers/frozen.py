@@ -1,6 +1,5 @@
 """Networks that a run reads and never changes, by shape and with weights."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,17 @@ from rae_jax.convert import encoder_names, hub, kl_names, stats_files
 from rae_jax.models import (
     autoencoder_kl,
     encoders,
-    ldae,
     metrics_nets,
     perceptual,
     pretrained,
-    tokenizers,
     vit_encoder,
 )
-from rae_jax.training import checkpoints, state
+from rae_jax.trainers import backbones, ldae_runs, places
+from rae_jax.training import state
 
-RANDOM = "random"
-TOKENIZER_NAME = "tokenizer.npz"
+RANDOM = ldae_runs.RANDOM
 STATS_NAME = stats_files.OWN_NAME
-LDAE_SIZES = ("image_size", "patch_size", "latent_dim", "hidden_size", "depth")
-LDAE_SIZES += ("num_heads",)
+resolve = places.resolve
 STATS_FILES = (STATS_NAME, stats_files.OFFICIAL_NAME)
 
 
@@ -48,25 +44,13 @@ def encoder(config: ConfigDict) -> tuple[nnx.GraphDef, state.Params]:
     return abstract(lambda rngs: encoders.make_encoder(config.name, rngs=rngs, **sizes))
 
 
-def resolve(path: str, workdir: Path) -> Path:
-    """Finds a file or folder that a config names.
-
-    A relative path counts from the run's workdir, so that runs that lie side by side
-    can be moved together; failing that, from the current folder. The best state of a
-    run, a workdir within its own, has the paths of the run.
-    """
-    workdir = Path(workdir)
-    folders = [workdir, workdir.parent] if workdir.name == configs.BEST else [workdir]
-    places = [Path(os.path.normpath(folder / path)) for folder in folders]
-    return next((place for place in places if place.exists()), Path(path))
-
-
 def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:
     """Reads the weights of `config.encoder` for a run in `workdir`.
 
     `weights` is "random" for an untrained encoder; for "ldae" the workdir of its run;
     for "pixels" nothing; for the others a hub id, or a folder or file in the layout of
-    Hugging Face, diffusers ("sd_vae") or in ours.
+    Hugging Face, diffusers ("sd_vae") or in ours, or for "mae" and "mocov3" the workdir
+    of a run.
 
     Raises:
         ConfigError: If `weights` is empty, or the files have other sizes.
@@ -82,8 +66,11 @@ def load_encoder(config: ConfigDict, workdir: Path) -> state.Params:
         model = encoders.make_encoder(config.name, rngs=nnx.Rngs(0), **sizes)
         return state.param_dict(model)
     path = resolve(config.weights, workdir)
-    if config.name == "ldae":
-        return load_ldae(path, config.sizes, config.ema)
+    if config.name == ldae_runs.TRAINER:
+        return ldae_runs.load(path, config.sizes, config.ema)
+    if backbones.is_run(path):
+        ema = config.get("ema", False)
+        return backbones.load(path, config.name, config.sizes, ema)
     return load_pretrained(config.name, path, config.sizes)
 
 
@@ -136,42 +123,6 @@ def load_pretrained(name: str, source: Path, sizes: ConfigDict) -> state.Params:
     return state.param_dict(vit_encoder.ViTEncoder.from_pretrained(path, **given))
 
 
-def load_ldae(workdir: Path, sizes: ConfigDict, ema: bool) -> state.Params:
-    """Reads the encoder half of an l-DAE run with its patch PCA, or a converted one."""
-    if "class" in pretrained.read_config(workdir):
-        model = ldae.LDAEEncoder.from_pretrained(workdir)
-        _check_sizes(sizes, model.arguments, workdir, "the encoder")
-        return state.param_dict(model)
-    run = configs.read_config(workdir / checkpoints.CONFIG_NAME)
-    if run.trainer != "ldae":
-        raise configs.ConfigError(
-            f"{workdir} holds a run of {run.trainer!r}, not of 'ldae'."
-        )
-    _check_sizes(sizes, ldae_sizes(run), workdir, "the run")
-    params = checkpoints.load_params(workdir, ("ema_params" if ema else "params",))
-    components = tokenizers.load_components(workdir / TOKENIZER_NAME)
-    pca = tokenizers.make_pca(components, sizes.latent_dim)
-    return ldae.encoder_params(
-        params, pca.basis[: sizes.latent_dim], pca.mean, sizes.depth
-    )
-
-
-def _check_sizes(
-    sizes: ConfigDict, stored: dict[str, Any], workdir: Path, where: str
-) -> None:
-    """Raises a ConfigError where sizes contradict those of stored weights."""
-    given = {k: v for k, v in sizes.to_dict().items() if k in LDAE_SIZES}
-    wrong = [
-        f"{k} = {v}, {where} has {stored[k]}"
-        for k, v in given.items()
-        if k in stored and stored[k] != v
-    ]
-    if wrong:
-        raise configs.ConfigError(
-            f"encoder.sizes do not fit {workdir}: {'; '.join(wrong)}."
-        )
-
-
 def backbone_name(config: ConfigDict) -> str:
     """Returns which frozen network of a decoder run is its critic's backbone.
 
@@ -206,18 +157,6 @@ def load_backbone(config: ConfigDict, workdir: Path) -> state.Params:
             "Another one is the run's own encoder, gan.backbone.name=encoder with "
             "gan.blocks to match; gan.weight=0 trains without a critic."
         ) from error
-
-
-def ldae_sizes(run: ConfigDict) -> dict[str, int]:
-    """Returns the encoder sizes that an l-DAE config leads to."""
-    return {
-        "image_size": run.data.image_size,
-        "patch_size": run.tokenizer.patch_size,
-        "latent_dim": run.tokenizer.latent_dim,
-        "hidden_size": run.model.hidden_size,
-        "depth": run.encoder_depth,
-        "num_heads": run.model.num_heads,
-    }
 
 
 def lpips(backbone: str) -> tuple[nnx.GraphDef, state.Params]:

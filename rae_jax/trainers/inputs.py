@@ -6,9 +6,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.data import latents, loader, resizing, sources, transforms
+from rae_jax.data import latents, loader, sources, transforms
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
+TRANSFORM_OPTIONS = ("resampling", "min_scale", "magnitude", "erasing")
 
 
 def cache(data: ConfigDict) -> str:
@@ -50,6 +51,8 @@ def abstract_batch(
         )
     else:
         first = {"image": jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8)}
+        if data.transform == transforms.MOCO:
+            first[transforms.SECOND] = first["image"]
     return first | {
         "label": jax.ShapeDtypeStruct((b,), jnp.int32),
         "index": jax.ShapeDtypeStruct((b,), jnp.int32),
@@ -91,10 +94,9 @@ def train_source(data: ConfigDict) -> sources.Source | latents.Latents:
 
 def train_transform(data: ConfigDict, flip: bool) -> transforms.Transform:
     """Returns how images become examples in training."""
-    resampling = data.get("resampling", resizing.PILLOW)
-    return transforms.make_transform(
-        data.transform, data.image_size, flip, resampling=resampling
-    )
+    # The configs of older runs do not have all of these.
+    options = {key: data[key] for key in TRANSFORM_OPTIONS if key in data}
+    return transforms.make_transform(data.transform, data.image_size, flip, **options)
 
 
 def train_batches(data: ConfigDict, seed: int) -> loader.Batches:
@@ -178,6 +180,20 @@ def class_names(data: ConfigDict, num_classes: int) -> tuple[str, ...]:
         names = ()
     numbers = tuple(str(i) for i in range(len(names), num_classes))
     return (names + numbers)[:num_classes]
+
+
+def check_classes(data: ConfigDict, num_classes: int) -> None:
+    """Raises a ConfigError unless images have labels, all below `num_classes`."""
+    found = train_source(data).num_classes
+    if found == 1:
+        raise configs.ConfigError(
+            f"A classifier needs labels, but all images of {data.path!r} have one. "
+            "Sort them into one folder per class, for the source 'class_folder'."
+        )
+    if found > num_classes:
+        raise configs.ConfigError(
+            f"num_classes = {num_classes}, but the data has {found} classes."
+        )
 
 
 def examples(data: ConfigDict, split: str, count: int) -> np.ndarray:

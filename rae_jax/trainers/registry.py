@@ -12,7 +12,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax.trainers import latent_diffusion, latent_stats, ldae, probe, rae_decoder
+from rae_jax.trainers import (
+    finetune,
+    following,
+    latent_diffusion,
+    latent_stats,
+    ldae,
+    mae,
+    mocov3,
+    probe,
+    rae_decoder,
+    tokenizer,
+)
 from rae_jax.training import (
     checkpoints,
     distributed,
@@ -24,8 +35,12 @@ from rae_jax.training import (
 
 FINISHED_NAME = "finished"
 TRAINERS = {
+    "tokenizer": tokenizer,
     "ldae": ldae,
+    "mae": mae,
+    "mocov3": mocov3,
     "probe": probe,
+    "finetune": finetune,
     "rae_decoder": rae_decoder,
     "latent_stats": latent_stats,
     "latent_diffusion": latent_diffusion,
@@ -70,7 +85,7 @@ def train(
     """Runs a config in a workdir to its end; returns the final state.
 
     Args:
-        config: The run.
+        config: The run. Sizes that follow another run (`encoder.match`) are its.
         workdir: Its folder; a run that is there goes on.
         title: Label of the progress bar.
         allow_change: Keys of the config that may change when the run is resumed.
@@ -81,6 +96,7 @@ def train(
     """
     started = time.time() if started is None else started
     workdir = Path(workdir).absolute()
+    config = following.follow(config, workdir)
     resuming.check(workdir, config, allow_change)
     mesh = sharding.make_mesh(config.mesh)
     accumulate = config.optimizer.accumulate if "optimizer" in config else 1
@@ -110,7 +126,7 @@ def is_finished(config: ConfigDict, workdir: Path) -> bool:
     if not (workdir / FINISHED_NAME).is_file():
         return False
     stored = configs.read_config(workdir / checkpoints.CONFIG_NAME)
-    return resuming.same(stored, config)
+    return resuming.same(stored, following.follow(config, workdir))
 
 
 def restore(

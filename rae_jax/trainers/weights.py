@@ -27,18 +27,31 @@ from rae_jax.models import (
     conversion,
     encoders,
     kinds,
-    ldae,
+    ldae_encoder,
     pretrained,
     rae,
     rae_layouts,
     recording,
+    vit_encoder,
 )
-from rae_jax.trainers import frozen, latent_network, rae_decoder
+from rae_jax.trainers import (
+    backbones,
+    frozen,
+    latent_network,
+    ldae_runs,
+    mae,
+    rae_decoder,
+    tokenizer,
+)
 from rae_jax.training import checkpoints, state
 
 LAYOUT = "checkpoint"
 KL = "autoencoder_kl"  # Of `kinds.KINDS`.
 PARTS = {"ema": "ema_params", "model": "params"}
+# What is taken of a run: its average but where that is not what was trained.
+USUAL_PARTS = {"mae": "model", "mocov3": "model"}
+MAKERS = {"latent_diffusion": latent_network, "rae_decoder": rae_decoder, "mae": mae}
+MAKERS |= {"tokenizer": tokenizer}
 FILES = (*pretrained.HUB_FILES, "*.npz")
 
 Arguments = pretrained.Arguments
@@ -70,7 +83,7 @@ def open_source(
         return conversion.from_model(model, kinds.OFFICIAL)
     path = hub.locate(published.SOURCES.get(source, source), allow=FILES)
     if is_run(path):
-        return open_run(path, kind, part or "ema", overrides)
+        return open_run(path, kind, part, overrides)
     return conversion.open_weights(path, kind, part, overrides)
 
 
@@ -143,23 +156,27 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(
-    workdir: Path, kind: str | None, part: str, overrides: Mapping[str, Any]
+    workdir: Path, kind: str | None, part: str | None, overrides: Mapping[str, Any]
 ) -> Opened:
     """Opens the newest checkpoint of a run.
 
     Args:
-        workdir: Its folder. A diffusion run gives its network, an l-DAE run its
-            encoder, a run of latent statistics these, and a decoder run its decoder,
-            or with the kind "autoencoder" that and its encoder.
+        workdir: Its folder. A diffusion run gives its network, a run of l-DAE, MAE or
+            MoCo v3 its encoder (with the kind "mae" also MAE's decoder), a run of
+            latent statistics these, one of a convolutional tokenizer its autoencoder,
+            and a decoder run its decoder, or with the kind "autoencoder" that and its
+            encoder.
         kind: One of those; None for the first.
-        part: Key of `PARTS`.
-        overrides: `time_index` of an l-DAE encoder; `latent_stats` of an autoencoder.
+        part: Key of `PARTS`; None for the usual one.
+        overrides: `time_index`, `depth` and `clean` of an l-DAE encoder; `normalize`
+            of one of MAE or MoCo v3; `latent_stats` of an autoencoder.
 
     Raises:
         CheckpointError: There is no checkpoint yet.
         ValueError: The run has trained nothing of this kind.
     """
     config = configs.read_config(Path(workdir) / checkpoints.CONFIG_NAME)
+    part = part or USUAL_PARTS.get(config.trainer, "ema")
     if part not in PARTS:
         raise ValueError(configs.suggest(part, list(PARTS), "part of a run"))
     openers = {
@@ -167,6 +184,9 @@ def open_run(
         "rae_decoder": {"decoder": _open_trained, "autoencoder": _open_autoencoder},
         "latent_stats": {kinds.STATS: _open_stats},
         "ldae": {"encoder": _open_ldae},
+        "mae": {"encoder": _open_backbone, "mae": _open_trained},
+        "mocov3": {"encoder": _open_backbone},
+        "tokenizer": {KL: _open_trained},
     }.get(config.trainer)
     if openers is None:
         raise ValueError(f"Runs of {config.trainer!r} have no weights to convert.")
@@ -184,9 +204,7 @@ def _open_trained(
 ) -> conversion.Network:
     """Opens the network that a run has trained."""
     _check_overrides(overrides)
-    diffusion = config.trainer == "latent_diffusion"
-    make_model = (latent_network if diffusion else rae_decoder).make_model
-    model = _abstract(make_model(config))
+    model = _abstract(MAKERS[config.trainer].make_model(config))
     params = checkpoints.load_params(workdir, (PARTS[part],))
     return _network(type(model), model.arguments, params, workdir)
 
@@ -195,7 +213,8 @@ def _open_autoencoder(
     config: ConfigDict, workdir: Path, part: str, overrides: Arguments
 ) -> conversion.Network:
     _check_overrides(overrides, "latent_stats")
-    shape, sizes = frozen.latent_shape(config.encoder.sizes), config.encoder.sizes
+    shape = frozen.latent_shape(config.encoder.sizes)
+    sizes = config.encoder.sizes.to_dict()
     file = overrides.get("latent_stats")
     stats = rae_layouts.read_stats(file, shape).arrays()
     make_encoder = partial(encoders.make_encoder, config.encoder.name, **sizes)
@@ -217,10 +236,21 @@ def _open_autoencoder(
 def _open_ldae(
     config: ConfigDict, workdir: Path, part: str, overrides: Arguments
 ) -> conversion.Network:
-    _check_overrides(overrides, "time_index")
-    arguments = frozen.ldae_sizes(config) | overrides
-    params = frozen.load_ldae(workdir, ConfigDict(arguments), part == "ema")
-    return _network(ldae.LDAEEncoder, arguments, params, workdir)
+    _check_overrides(overrides, "time_index", "depth", "clean")
+    arguments = ldae_runs.sizes(config) | overrides
+    params = ldae_runs.load(workdir, ConfigDict(arguments), part == "ema")
+    return _network(ldae_encoder.LDAEEncoder, arguments, params, workdir)
+
+
+def _open_backbone(
+    config: ConfigDict, workdir: Path, part: str, overrides: Arguments
+) -> conversion.Network:
+    _check_overrides(overrides, "normalize")
+    arguments = backbones.arguments(config) | {"normalize": False} | overrides
+    name, sizes = arguments["name"], ConfigDict(arguments)
+    del sizes.name
+    params = backbones.load(workdir, name, sizes, part == "ema")
+    return _network(vit_encoder.ViTEncoder, arguments, params, workdir)
 
 
 def _open_stats(

@@ -124,6 +124,8 @@ class _Run:
         if found is None:
             init = jax.jit(self.program.design.init, out_shardings=self.shardings)
             state = init(self.key)
+            if self.program.begin is not None:
+                state = self.program.begin(state)
             self.startup.ready()
             return 0, state
         step, state, position = found

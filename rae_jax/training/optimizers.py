@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules from `config.optimizer`, and their guard."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ from ml_collections import ConfigDict
 from rae_jax import config as configs
 
 SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adamw", "lars", "muon")
+OPTIMIZERS = ("adamw", "lars", "sgd", "muon")
+TRUST = 1e-3  # Of LARS, as linear probes have it since MoCo v3.
 GUARD_WINDOW = 100  # Steps that a guard's running means look back.
 GUARD_MIN_STEPS = 20  # Before as many no value is called a spike.
 
@@ -57,17 +59,24 @@ def make_schedule(
 
 
 def make_optimizer(
-    config: ConfigDict, num_steps: int, guard: ConfigDict | None = None
+    config: ConfigDict,
+    num_steps: int,
+    guard: ConfigDict | None = None,
+    decays: Callable[[Any], Any] | None = None,
+    rates: Callable[[Any], Any] | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optax chain of `config.optimizer` and its schedule.
 
-    Weight decay acts on matrices only. "muon" orthogonalises the updates of the
-    blocks' kernels and leaves the rest to Nadam. `decay_end_step` 0 means the end of
-    the run. A `guard` that is switched on wraps the chain, see `guarded`.
+    Weight decay acts on `matrices` only, or on what `decays` marks. "muon"
+    orthogonalises the updates of the blocks' kernels and leaves the rest to Nadam.
+    `decay_end_step` 0 means the end of the run. `rates` maps parameters to factors of
+    their rates, arrays that broadcast. A `guard` that is switched on wraps the chain,
+    see `guarded`.
 
     Raises:
         ValueError: For an unknown optimiser or schedule.
     """
+    decays = decays or matrices
     schedule = make_schedule(
         peak_lr=config.peak_lr,
         final_lr=config.final_lr,
@@ -83,21 +92,15 @@ def make_optimizer(
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=matrices,
+            mask=decays,
         )
-    elif config.name == "lars":
-        tx = optax.lars(
-            schedule,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=matrices,
-            trust_ratio_mask=matrices,
-            momentum=config.b1,
-        )
+    elif config.name in ("lars", "sgd"):
+        tx = _with_momentum(config, schedule, decays)
     elif config.name == "muon":
         tx = optax.contrib.muon(
             schedule,
             weight_decay=config.weight_decay,
-            weight_decay_mask=matrices,
+            weight_decay_mask=decays,
             adam_b1=config.b1,
             adam_b2=config.b2,
             muon_weight_dimension_numbers=block_kernels,
@@ -106,9 +109,61 @@ def make_optimizer(
         raise ValueError(configs.suggest(config.name, OPTIMIZERS, "optimizer"))
     if config.clip_norm > 0:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    if rates is not None:
+        tx = optax.chain(tx, scaled(rates))
     if guard is not None and (guard.spike_factor or guard.skip):
         tx = guarded(tx, guard)
     return tx, schedule
+
+
+def scaled(rates: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Multiplies updates by what `rates` makes of the parameters."""
+
+    def update(updates, params):
+        return jax.tree.map(lambda u, rate: u * rate, updates, rates(params))
+
+    return optax.stateless(update)
+
+
+def layer_rates(params: Any, decay: float) -> Any:
+    """Returns factors of rates that fall from the last block to the first.
+
+    Layer-wise decay as MAE fine-tunes with (arXiv:2111.06377, after arXiv:2003.10555):
+    of `depth` blocks, block i has decay^(depth - i), embeddings of patches, positions
+    and class have decay^(depth + 1), and what comes after the blocks has 1.
+
+    Args:
+        params: With an encoder under "encoder", whose blocks are stacked.
+        decay: At most 1.
+    """
+    depth = len(jax.tree.leaves(params["encoder"]["blocks"])[0])
+
+    def rate(path, x):
+        names = [getattr(key, "key", None) for key in path]
+        if "blocks" in names:
+            factors = decay ** jnp.arange(depth, 0, -1, dtype=jnp.float32)
+            return factors.reshape((depth,) + (1,) * (x.ndim - 1))
+        is_embedding = names[0] == "encoder" and names[1] != "norm"
+        return jnp.asarray(decay ** (depth + 1) if is_embedding else 1.0)
+
+    return jax.tree.map_with_path(rate, params)
+
+
+def _with_momentum(
+    config: ConfigDict, schedule: optax.Schedule, decays: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Returns SGD with momentum `b1`, or LARS (arXiv:1708.03888), which is that behind
+    trust ratios of matrices.
+
+    The rate multiplies the momentum, as in PyTorch and in MAE's LARS; optax's own
+    multiplies the gradients before, which is not the same while the rate changes.
+    """
+    parts = [optax.add_decayed_weights(config.weight_decay, mask=decays)]
+    if config.name == "lars":
+        trust = optax.scale_by_trust_ratio(trust_coefficient=TRUST)
+        parts.append(optax.masked(trust, matrices))
+    parts += [optax.trace(config.b1), optax.scale_by_learning_rate(schedule)]
+    return optax.chain(*parts)
 
 
 class Watch(NamedTuple):

@@ -71,6 +71,8 @@ class Program:
         flops_per_step: Model FLOPs of one step, without recomputation.
         evaluate: (state, frozen, workdir) -> scalars to log, or None.
         finish: (state, frozen, workdir) -> None; writes results after the last step.
+        begin: New state -> the state of the first step, such as with weights from
+            files; not called when a run goes on.
     """
 
     design: Design
@@ -79,3 +81,4 @@ class Program:
     flops_per_step: float = 0.0
     evaluate: Callable[[Any, Any, Path], dict[str, float]] | None = None
     finish: Callable[[Any, Any, Path], None] | None = None
+    begin: Callable[[Any], Any] | None = None
