@@ -99,11 +99,16 @@ def read(workdir: Path) -> Quickstart:
             f"pictures and none of the stages {', '.join(STAGES)}. Give the folder "
             "that was passed as --workdir to `rae-jax quickstart`."
         )
-    stages = {name: _read_stage(workdir / name) for name in STAGES}
+    stages = {name: read_stage(workdir / name) for name in STAGES}
     return Quickstart(workdir, _read_json(workdir / METRICS_NAME), stages, missing)
 
 
-def _read_stage(folder: Path) -> Stage:
+def read_stage(folder: Path) -> Stage:
+    """Reads config and log of one run; what is not there is empty.
+
+    Raises:
+        ConfigError: The config is damaged.
+    """
     config = configs.flatten(_read_json(folder / "config.json"))
     records = [r for r in logs.read_metrics(folder) if "step" in r]
     return Stage(config, records)

@@ -1,5 +1,6 @@
 """The quickstart report: one HTML file that needs nothing else."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rae_jax import config as configs
@@ -50,22 +51,34 @@ def render(run: folder.Quickstart) -> str:
         numbers.stages(run),
         numbers.setup(run),
     )
+    return document(TITLE, _header(run), sections, _footer(run))
+
+
+def document(title: str, header: str, sections: Sequence[str], footer: str) -> str:
+    """Returns a page that needs nothing else.
+
+    Args:
+        title: Of the window, plain text.
+        header: An HTML element.
+        sections: HTML elements.
+        footer: Plain text.
+    """
     body = "\n".join(sections)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{TITLE} · rae_jax</title>
+<title>{markup.escape(title)} · rae_jax</title>
 <link rel="icon" href="data:,">
 <style>{style.CSS}</style>
 </head>
 <body>
-{_header(run)}
+{header}
 <main>
 {body}
 </main>
-<footer>{markup.paragraph(_footer(run), "note")}</footer>
+<footer>{markup.paragraph(footer, "note")}</footer>
 </body>
 </html>
 """
@@ -180,4 +193,9 @@ def _figure(name: str, value: str, unit: str, more: str) -> str:
 def _footer(run: folder.Quickstart) -> str:
     version = run.block("versions").get("rae_jax")
     by = f"rae_jax {version}" if version else "rae_jax"
-    return f"Made by {by} with `rae-jax report`. This file needs no network."
+    return made_by(by)
+
+
+def made_by(program: str = "rae_jax") -> str:
+    """Returns the line at the end of every page."""
+    return f"Made by {program} with `rae-jax report`. This file needs no network."

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rae_jax.reporting import folder, markup, tiles
+from rae_jax.reporting import folder, ldae_sheets, markup, tiles
 
 _REAL, _PLAIN, _GUIDED = "real.png", "samples.png", "samples_guided.png"
 _MAX_COLUMNS = 8  # Per class and group.
@@ -148,6 +148,7 @@ def denoising(run: folder.Quickstart) -> str:
         _sheet(run, "ldae/denoising.png", ("Image", "With noise", "Denoised")),
         markup.facts(scores) if found else "",
         "" if found else markup.missing("The scores are missing", ["metrics.json"]),
+        ldae_sheets.all_parts(run.workdir / "ldae"),
         _missing(run, ("ldae/denoising.png",)),
     )
 

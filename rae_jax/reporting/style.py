@@ -103,6 +103,9 @@ img { image-rendering: pixelated; }
   height: 7px; border: solid var(--muted); border-width: 1px 1px 0 0;
   transform: rotate(45deg); }
 .strip .tiles { gap: 6px; }
+.sheet { margin-top: 48px; }
+.sheet > h3 + p { margin-top: 8px; }
+.sheet > .body { margin-top: 18px; }
 .strip .tiles + .tiles { margin-top: 6px; }
 
 .scroll { overflow-x: auto; }
