@@ -16,12 +16,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "DiT": "dit",
     "DiTDH": "dit_dh",
-    "LDAEEncoder": "ldae",
+    "LDAEEncoder": "ldae_encoder",
+    "MAE": "mae",
     "RAE": "rae",
     "RAEDecoder": "decoder",
     "ViTEncoder": "vit_encoder",
 }
-__all__ = ["DiT", "DiTDH", "LDAEEncoder", "RAE", "RAEDecoder", "ViTEncoder"]
+__all__ = ["DiT", "DiTDH", "LDAEEncoder", "MAE", "RAE", "RAEDecoder", "ViTEncoder"]
 
 
 def __getattr__(name: str) -> Any:

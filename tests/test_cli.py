@@ -88,9 +88,11 @@ def test_verbs_refuse_folders_that_are_no_runs(capsys, tmp_path, runs):
     out = tmp_path / "out.png"
     text = fails(capsys, "sample", tmp_path, "--out", out)
     assert "is not the workdir of a run" in text
-    assert "not of 'latent_diffusion'" in fails(
-        capsys, "sample", runs / "ldae", "--out", out
-    )
+    for name, message in (
+        ("rae_decoder", "not of 'latent_diffusion'"),
+        ("ldae", "denoises and does not generate"),
+    ):
+        assert message in fails(capsys, "sample", runs / name, "--out", out)
     image = tmp_path / "image.png"
     Image.new("RGB", (32, 32)).save(image)
     options = ("--workdir", runs / "ldae", "--out", tmp_path)

@@ -16,7 +16,7 @@ from rae_jax import main
 from rae_jax.convert import published, sources, stats_files
 from rae_jax.diffusion import guidance, samplers, schedules
 from rae_jax.evaluation import generate, reconstruction
-from rae_jax.models import decoder, dit_dh, ldae, pretrained, rae
+from rae_jax.models import decoder, dit_dh, ldae_encoder, pretrained, rae
 from rae_jax.trainers import autoencoder, frozen, generation, weights
 from rae_jax.training import checkpoints, state
 
@@ -114,7 +114,7 @@ def test_other_runs(runs, tmp_path, capsys):
         np.testing.assert_array_equal(found.var, stored["var"])
     assert run("convert", runs / "ldae", tmp_path / "ldae") == 0
     settings = pretrained.read_config(tmp_path / "ldae")
-    assert settings["class"] == ldae.LDAEEncoder.__name__
+    assert settings["class"] == ldae_encoder.LDAEEncoder.__name__
 
     new = tmp_path / "new"
     said = fails(capsys, "convert", runs / "probe", new)
@@ -319,7 +319,7 @@ def test_configs_name_converted_weights(converted, tmp_path):
 
     block = chain.encoder("own")
     arguments = block.sizes.to_dict()
-    own = networks.drawn(ldae.LDAEEncoder, **arguments)
+    own = networks.drawn(ldae_encoder.LDAEEncoder, **arguments)
     own.save_pretrained(tmp_path / "own")
     params = frozen.load_encoder(block, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, state.param_dict(own))

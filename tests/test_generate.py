@@ -199,6 +199,8 @@ def test_untrained_network_moves_nothing(generator):
 
 def test_runs_that_cannot_generate(runs, tmp_path):
     with pytest.raises(configs.ConfigError, match="not of 'latent_diffusion'"):
+        generation.load(runs / "rae_decoder")
+    with pytest.raises(configs.ConfigError, match="denoises and does not generate"):
         generation.load(runs / "ldae")
     with pytest.raises(configs.ConfigError, match="not of 'rae_decoder'"):
         generation.load(runs / "latent_diffusion", str(runs / "ldae"))

@@ -13,16 +13,18 @@ from PIL import Image
 
 from rae_jax import config as configs
 from rae_jax.layers import patches
-from rae_jax.models import ldae as models
-from rae_jax.models import tokenizers
+from rae_jax.models import ldae_encoder, tokenizers
 from rae_jax.trainers import (
     frozen,
     inputs,
     latent_diffusion,
     ldae,
+    places,
     probe,
+    probe_heads,
     rae_decoder,
     registry,
+    tokenizing,
 )
 from rae_jax.training import checkpoints, flops, logs, sharding, state
 
@@ -74,7 +76,7 @@ def test_loss_falls_on_one_batch(tmp_path, name, overrides, steps, share):
 def test_tokenizer_is_fitted_on_the_training_images():
     """Against NumPy on the same crops; a choice of images is a subset."""
     config = chain.load("ldae", "tokenizer.num_images=2000", "data.batch_size=96")
-    found = ldae.fit_pca(config)
+    found = tokenizing.fit_pca(config)
     source = inputs.open_source(config.data, "train")
     images = np.stack([source[i]["image"] for i in range(len(source))]) / 127.5 - 1
     data = np.asarray(patches.patchify(images, 8)).reshape(-1, 192).astype(np.float64)
@@ -83,7 +85,7 @@ def test_tokenizer_is_fitted_on_the_training_images():
         found["variances"].sum(), data.var(axis=0).sum(), rtol=1e-5
     )
     config.tokenizer.num_images = 64
-    fewer = ldae.fit_pca(config)
+    fewer = tokenizing.fit_pca(config)
     assert 1e-4 < np.abs(fewer["mean"] - found["mean"]).max() < 0.2
 
 
@@ -92,22 +94,23 @@ def test_pictures_of_a_perfect_denoiser_show_the_image(target):
     """`denoise` undoes noise and projection for every kind of prediction."""
     config = chain.load("ldae", f"noise.target={target}", "noise.input_space=latent")
     config.noise.schedule = "linear_gamma2"
-    components = ldae.fit_pca(config)
+    components = tokenizing.fit_pca(config)
     pca = tokenizers.make_pca(components, config.tokenizer.latent_dim)
     images = inputs.to_float(jnp.asarray(inputs.examples(config.data, "train", 3)))
     x = patches.patchify(2 * images - 1, 8)
-    z = pca.encode(x)
+    z = pca.encode_patches(x)
     gamma, sigma = np.sqrt(1 - 401 / 1000), np.sqrt(401 / 1000)
 
     def perfect(z_t, t):
         assert (t == 400).all()
         answers = {"eps": (z_t - gamma * z) / sigma, "latent": z}
-        return answers | {"image_pca": pca.decode(z), "image": x}
+        return answers | {"image_pca": pca.decode_patches(z), "image": x}
 
     noisy, found = ldae.denoise(
         lambda z_t, t: perfect(z_t, t)[target], pca, images, config
     )
-    expected = patches.unpatchify(x if target == "image" else pca.decode(z), 8)
+    goal = x if target == "image" else pca.decode_patches(z)
+    expected = patches.unpatchify(goal, 8)
     np.testing.assert_allclose(found, (expected + 1) / 2, atol=1e-5)
     assert np.abs(noisy - images).mean() > 0.05
 
@@ -205,24 +208,27 @@ def test_probe_finds_classes_and_nothing_in_noise(tmp_path, shuffle):
 
 def test_probe_features_and_their_widths():
     config = chain.load("probe")
-    config.features = probe.FEATURES
+    config.features = probe_heads.FEATURES
     with pytest.raises(ValueError, match="'pixel'.*Did you mean 'pixels'"):
         probe.design(chain.load("probe", "features=('pixel',)"))
     shapes, metrics = probe.design(config).abstract_step()
     widths = {n: p["kernel"].shape for n, p in shapes.params.items()}
     assert widths == {
-        "encoder": (32, 10),
-        "random": (32, 10),
-        "pca": (16 * 8, 10),
-        "pixels": (32 * 32 * 3, 10),
+        "encoder": (1, 32, 10),
+        "random": (1, 32, 10),
+        "pca": (1, 16 * 8, 10),
+        "pixels": (1, 32 * 32 * 3, 10),
     }
-    assert {f"loss_{n}" for n in probe.FEATURES} <= set(metrics)
+    assert {f"loss_{n}" for n in probe_heads.FEATURES} <= set(metrics)
 
     encoder_def, _ = frozen.encoder(config.encoder)
     params = frozen.load_encoder(config.encoder, ".")
     networks = {"encoder": params, "random": params}
     images = inputs.examples(config.data, "train", 4)
-    found = probe.extract(config, encoder_def, networks, images)
+    noise = jnp.arange(4), jax.random.key(0)
+    found = probe_heads.extract(config, encoder_def, networks, images, *noise)
+    assert all(x.shape[0] == 1 for x in found.values())
+    found = {name: x[0] for name, x in found.items()}
     x = images.astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(found["pixels"], x.reshape(4, -1), atol=1e-6)
     np.testing.assert_array_equal(found["random"], found["encoder"])
@@ -247,13 +253,13 @@ def test_trained_encoder_is_the_half_of_its_run(runs):
         state.abstract_model(ldae.make_model(config)),
         checkpoints.load_params(runs / "ldae"),
     )
-    components = tokenizers.load_components(runs / "ldae" / frozen.TOKENIZER_NAME)
+    components = tokenizers.load_components(runs / "ldae" / places.TOKENIZER_NAME)
     pca = tokenizers.make_pca(components, 8)
     images = inputs.examples(config.data, "train", 3).astype(np.float32) / 127.5 - 1
-    projected = pca.decode(pca.encode(patches.patchify(images, 8)))
+    projected = patches.patchify(pca.decode(pca.encode(images)), 8)
     tokens = net.features(projected, jnp.full(3, 10), 2)
     np.testing.assert_allclose(encoder.raw_features(images), tokens, atol=1e-5)
-    assert isinstance(encoder, models.LDAEEncoder)
+    assert isinstance(encoder, ldae_encoder.LDAEEncoder)
 
     block = chain.encoder("../ldae")
     block.ema = False
@@ -284,14 +290,14 @@ def test_encoders_that_cannot_be_loaded(runs, tmp_path):
     fails("encoder.weights is empty", "")
     fails("holds a run of 'rae_decoder', not of 'ldae'", "../rae_decoder")
     fails("is not the workdir of a run", str(tmp_path / "nothing"))
-    wrong = "depth = 1, the run has 2; hidden_size|hidden_size = 64, the run has 32"
-    fails(wrong, "../ldae", hidden_size=64, depth=1)
+    wrong = "depth = 9, the run has 3; hidden_size|hidden_size = 64, the run has 32"
+    fails(wrong, "../ldae", hidden_size=64, depth=9)
     try:
-        sizes = chain.encoder("../ldae", hidden_size=64, depth=1)
+        sizes = chain.encoder("../ldae", hidden_size=64, depth=9)
         frozen.load_encoder(sizes, runs / "new")
     except configs.ConfigError as error:
         assert "hidden_size = 64, the run has 32" in str(error)
-        assert "depth = 1, the run has 2" in str(error)
+        assert "depth = 9, the run has 3" in str(error)
         assert "num_heads" not in str(error)
     configs.save_config(chain.load("ldae"), tmp_path / "begun" / "config.json")
     fails("holds no checkpoint", str(tmp_path / "begun"), checkpoints.CheckpointError)
