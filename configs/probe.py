@@ -9,7 +9,7 @@ the results are in probe.json.
 
 Variants: vit_b, vit_l and vit_half_l, the paper's protocol (batch 16384, LARS, 90
 epochs); adamw, the other reading of its rate; cls, the class token of a run of MAE
-or MoCo v3; app_a_times and app_a_blocks, the two tables of the appendix; mae_b, mae_l,
+or MoCo v3; a_probe_t and a_probe_depth, the two tables of the appendix; mae_b, mae_l,
 mocov3_b and dino_b, published weights at 224 pixels; photos, photos_sweep, photos_cls,
 photos_times and photos_blocks, embedded photographs; digits, digits_cls, digits_times
 and digits_blocks, embedded digits; smoke; smoke_sweep.
@@ -76,8 +76,8 @@ VARIANTS = {
     "vit_half_l": dict(encoder=dict(sizes=VIT_L)),
     "adamw": dict(optimizer=dict(name="adamw", peak_lr=6.4e-3)),
     "cls": dict(pool=CLASS_TOKEN),
-    "app_a_times": dict(inherits="vit_half_l", sweep=TIMES),
-    "app_a_blocks": dict(
+    "a_probe_t": dict(inherits="vit_half_l", sweep=TIMES),
+    "a_probe_depth": dict(
         inherits="vit_half_l",
         encoder=dict(sizes=dict(depth=max(BLOCKS))),
         sweep=dict(blocks=BLOCKS),

@@ -210,7 +210,7 @@ def test_flip_mirrors_half_of_the_images():
 
 
 def test_transforms_return_the_asked_size_and_names_are_checked():
-    for name in transforms.NAMES[:3]:
+    for name in set(transforms.NAMES) - {"none"}:
         transform = transforms.make_transform(name, 24, flip=True)
         record = {"image": encoded(picture(), "PNG"), "label": 1, "name": "x"}
         out = transform.random_map(record, np.random.default_rng(0))

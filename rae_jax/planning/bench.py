@@ -103,6 +103,7 @@ def _random_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     classes = config.model.get("num_classes", NUM_CLASSES) if "model" in config else 2
+    classes = classes or 2  # A network that is not told the class.
     batch = {}
     for name, shape in design.batch.items():
         rows = (shape.shape[0] // jax.process_count(), *shape.shape[1:])
