@@ -11,6 +11,7 @@ from rae_jax import config as configs
 
 HELP = "Make one HTML page of a quickstart folder, or a table of runs."
 NAME = "report.html"
+FILE_WIDTH = 160  # Characters of a line where output goes to a file.
 _COLORS = {"yes": "green", "no": "red", "unclear": "yellow"}
 
 
@@ -103,7 +104,7 @@ def _claims(args: argparse.Namespace) -> int:
         seeds = ", ".join(map(str, row.seeds))
         cells = (row.claim, row.paper, row.expected, row.measured, seeds)
         table.add_row(*cells, _colored(row.holds))
-    Console().print(table)
+    _console().print(table)
     found = claims.scales(claim_runs.find(folder))
     for name, what in claims.SCALES.items() if found else ():
         real, noise = (found[f"{name}_{end}"] for end in ("real", "noise"))
@@ -137,6 +138,12 @@ def _ldae(args: argparse.Namespace) -> int:
     return 0
 
 
+def _console() -> Console:
+    """Returns a console; what is not a terminal has room for whole tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
+
+
 def _print(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table without empty columns, but for those of every table."""
     kept = ("paper", "ours", "epochs", "tier")
@@ -144,7 +151,7 @@ def _print(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     table = Table(*(heads[i] for i in used), title=title, title_justify="left")
     for row in rows:
         table.add_row(*(row[i] for i in used))
-    Console().print(table)
+    _console().print(table)
 
 
 def _colored(verdict: str) -> str:
