@@ -50,7 +50,7 @@ def test_quickstart_from_nothing_to_a_report(tmp_path):
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert set(quickstart.STAGES) | {"evaluation"} == set(metrics["seconds"])
     assert metrics["generation"]["num_samples"] == 8
-    assert metrics["reconstruction"]["num_images"] == 320
+    assert metrics["reconstruction"]["num_images"] == 160
     assert {"psnr", "lpips_alex", "lpips_vgg"} <= set(metrics["reconstruction"])
     features = ("encoder", "random", "pca", "pixels")
     assert set(metrics["probe"]) == {f"top1_{name}" for name in features}
