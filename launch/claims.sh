@@ -3,6 +3,8 @@
 set -euo pipefail
 # shellcheck source=launch/setup_venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
+# shellcheck source=launch/claims_lib.sh
+source "$ROOT/launch/claims_lib.sh"
 
 usage() {
   cat <<'TEXT'
@@ -19,25 +21,7 @@ cores; the same command continues what was interrupted.
 TEXT
 }
 
-workdir="$ROOT/runs/claims"
-seeds="42 7"
-while (($#)); do
-  case $1 in
-    -h | --help)
-      usage
-      exit
-      ;;
-    --workdir=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    --workdir | --seeds)
-      (($# > 1)) || die "$1 needs a value; see --help."
-      case $1 in --seeds) seeds=$2 ;; *) workdir=$2 ;; esac
-      shift 2
-      ;;
-    *) die "unknown argument $1; see --help." ;;
-  esac
-done
-[[ $seeds =~ ^[0-9]+(\ [0-9]+)*$ ]] ||
-  die "--seeds must be numbers, each after one space, got '$seeds'."
+parse_claims "$ROOT/runs/claims" "$@"
 
 # train NAME FILE:VARIANT [ARGUMENT ...]: the run of a config in the workdir's folder.
 train() {

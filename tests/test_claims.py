@@ -354,8 +354,9 @@ def test_the_script_trains_what_is_not_finished_then_reports(tmp_path):
         (["--steps=3"], "unknown argument --steps=3"),
     ],
 )
-def test_the_script_refuses_what_it_does_not_know(tmp_path, arguments, message):
-    result = launch_clone.Clone(tmp_path).run("claims.sh", *arguments)
+@pytest.mark.parametrize("script", ["claims.sh", "ldae_claims.sh"])
+def test_scripts_refuse_what_they_do_not_know(tmp_path, script, arguments, message):
+    result = launch_clone.Clone(tmp_path).run(script, *arguments)
     assert result.returncode == 1 and message in result.stderr
 
 

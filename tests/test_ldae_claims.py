@@ -87,19 +87,6 @@ def test_the_script_trains_what_is_not_finished_then_reports(tmp_path):
     assert names.index("rae-seed1/ldae") < names.index("rae-seed1/stats_ldae")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seeds"], "--seeds needs a value"),
-        (["--seeds", "1,2"], "--seeds must be numbers"),
-        (["--steps=3"], "unknown argument --steps=3"),
-    ],
-)
-def test_the_script_refuses_what_it_does_not_know(tmp_path, arguments, message):
-    result = launch_clone.Clone(tmp_path).run("ldae_claims.sh", *arguments)
-    assert result.returncode == 1 and message in result.stderr
-
-
 # The clearest of the orderings
 
 

@@ -92,16 +92,21 @@ def finished(runs: list[Run], variant: str) -> list[Run]:
 
 
 def _read(variant: str, path: Path) -> Run:
-    config = configs.flatten(_read_json(path / checkpoints.CONFIG_NAME))
+    config = configs.flatten(read_json(path / checkpoints.CONFIG_NAME))
     records = [r for r in logs.read_metrics(path) if "step" in r]
     scores = path / SCORES_NAME
-    measured = _read_json(scores) if scores.is_file() else {}
+    measured = read_json(scores) if scores.is_file() else {}
     # A run that was made longer since has to be measured again.
     current = measured.get("num_steps") == config.get("num_steps")
     return Run(variant, path, config, records, measured if current else {})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ConfigError: The file holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

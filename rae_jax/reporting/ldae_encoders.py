@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rae_jax import config as configs
-from rae_jax.reporting import ldae_runs
+from rae_jax.reporting import claim_runs, ldae_runs
 from rae_jax.training import checkpoints
 
 LDAE, RANDOM, PIXELS = "l-DAE", "random", "pixels"
@@ -92,8 +92,8 @@ def _values(folders: Sequence[Path], trainer: str, key: str) -> Values:
     for path in ldae_runs.workdirs(folders):
         if not (path / EVALUATION_NAME).is_file():
             continue
-        config = configs.flatten(ldae_runs.read_json(path / checkpoints.CONFIG_NAME))
-        scores = ldae_runs.read_json(path / EVALUATION_NAME)
+        config = configs.flatten(claim_runs.read_json(path / checkpoints.CONFIG_NAME))
+        scores = claim_runs.read_json(path / EVALUATION_NAME)
         if config.get("trainer") == trainer and kind(config) and key in scores:
             found[kind(config)].append((config["seed"], float(scores[key])))
     return found

@@ -7,7 +7,6 @@ their encoder.
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from rae_jax import config as configs
 from rae_jax.data import sources
+from rae_jax.reporting import claim_runs
 from rae_jax.training import checkpoints, logs
 
 TIERS = ("paper", "small", "photos", "digits", "photos-short", "digits-short")
@@ -79,34 +79,16 @@ def find(folders: Sequence[Path]) -> list[Run]:
     found: dict[Path, Run] = {}
     measured = []
     for path in workdirs(folders):
-        config = configs.flatten(read_json(path / checkpoints.CONFIG_NAME))
+        config = configs.flatten(claim_runs.read_json(path / checkpoints.CONFIG_NAME))
         if config.get("trainer") in PRETRAINING and config.get("row"):
             found[path] = _run(path, config)
         for name in (PROBE_NAME, FINETUNE_NAME):
             if (path / name).is_file():
-                measured.append((path, name, read_json(path / name), config))
+                measured.append((path, name, claim_runs.read_json(path / name), config))
     for path, name, content, config in measured:
         run = _measured_run(found, path, content, config)
         (run.probes if name == PROBE_NAME else run.finetunes).append(content)
     return sorted(found.values(), key=lambda run: (_rank(run.tier), str(run.path)))
-
-
-def read_json(path: Path) -> Json:
-    """Reads a JSON object.
-
-    Raises:
-        ConfigError: The file holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise configs.ConfigError(
-            f"{str(path)!r} is not JSON ({error}). Delete it and run the command that "
-            "made it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise configs.ConfigError(f"{str(path)!r} must hold a JSON object.")
-    return content
 
 
 def num_images(config: Json) -> int | None:
@@ -159,7 +141,7 @@ def _run(path: Path, config: Json) -> Run:
         tier=config.get("tier", "paper"),
         config=config,
         steps=steps,
-        generation=read_json(generation) if generation.is_file() else {},
+        generation=claim_runs.read_json(generation) if generation.is_file() else {},
     )
 
 
@@ -174,7 +156,9 @@ def _measured_run(
         if place in found:
             return found[place]
         if (place / checkpoints.CONFIG_NAME).is_file():
-            there = configs.flatten(read_json(place / checkpoints.CONFIG_NAME))
+            there = configs.flatten(
+                claim_runs.read_json(place / checkpoints.CONFIG_NAME)
+            )
             if there.get("row"):
                 found[place] = _run(place, there)
                 return found[place]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rae_jax.reporting import ldae_runs, markup, tiles
+from rae_jax.reporting import claim_runs, markup, tiles
 
 NOISE, PATTERNS, DENOISED = "latent_noise.png", "patterns.png", "denoised_levels.png"
 LABELS_NAME = "pictures.json"
@@ -25,7 +25,7 @@ def read(workdir: Path) -> dict[str, Any]:
         ConfigError: The file is damaged.
     """
     path = Path(workdir) / LABELS_NAME
-    return ldae_runs.read_json(path) if path.is_file() else {}
+    return claim_runs.read_json(path) if path.is_file() else {}
 
 
 def all_parts(workdir: Path) -> str:
