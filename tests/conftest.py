@@ -6,6 +6,7 @@ they compiled. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as for a user;
 JAX_COMPILATION_CACHE_DIR names a folder for programs that outlive the session.
 """
 
+import contextlib
 import fcntl
 import functools
 import gc
@@ -105,3 +106,32 @@ def loaded_once():
         patch.setattr(generation, "load_converted", load_converted)
         patch.setattr(sharding, "make_mesh", lambda *args, **options: mesh)
         yield
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """Starts the server of a kind of bucket, once; returns the variables to reach it."""
+    import buckets
+
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda kind: stack.enter_context(buckets.server(kind)))
+
+
+@pytest.fixture
+def make_bucket(bucket_server, monkeypatch, tmp_path):
+    """Makes an empty bucket of a kind, "gs" or "s3", and returns its address."""
+    import buckets
+
+    def make(kind):
+        for name, value in bucket_server(kind).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("RAE_CACHE", str(tmp_path / "cache"))
+        return buckets.make(kind)
+
+    return make
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request, make_bucket):
+    """The address of an empty bucket of each kind."""
+    return make_bucket(request.param)

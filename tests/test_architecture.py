@@ -19,6 +19,7 @@ PACKAGE = ROOT / "rae_jax"
 LEVELS = {
     "rae_jax": 0,
     "config": 0,
+    "storage": 0,
     "blocks": 0,
     "layers": 1,
     "diffusion": 1,

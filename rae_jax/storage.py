@@ -1,0 +1,269 @@
+"""Files and folders on a disk or in a bucket (gs://, s3://), by one set of calls.
+
+On a disk a path is a `pathlib.Path`; in a bucket it is an `etils.epath.Path`, which has
+the same methods. Both are annotated as `Path`. What a path alone cannot do the same way
+in both places is here: files appear under their names complete, and libraries that
+read or write files of a disk alone get one.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEMES = {"gs://": "gcsfs", "s3://": "s3fs"}
+EXTRAS = {"gs://": "gcs", "s3://": "s3"}
+_LARGE = 2**30  # Bytes whose copying is worth a line.
+
+
+def is_bucket(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path lies in a bucket."""
+    return os.fspath(path).startswith(tuple(SCHEMES))
+
+
+def path(name: str | os.PathLike[str]) -> Path:
+    """Returns a name as a path of a disk or of a bucket.
+
+    Raises:
+        ModuleNotFoundError: The library for this kind of bucket is not installed.
+        ValueError: An address names no bucket.
+    """
+    text = os.fspath(name)
+    if not is_bucket(text):
+        return Path(text)
+    scheme, _, rest = text.partition("://")
+    if not rest.split("/")[0]:
+        raise ValueError(f"{text} names no bucket; addresses look like gs://NAME/PATH.")
+    _prepare(f"{scheme}://")
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def absolute(name: str | os.PathLike[str]) -> Path:
+    """Returns a path that the current folder does not matter for."""
+    found = path(name)
+    return found if is_bucket(found) else found.expanduser().absolute()
+
+
+def join(folder: Path, name: str | os.PathLike[str]) -> Path:
+    """Returns a name as seen from a folder, `..` resolved; addresses stand alone."""
+    if is_bucket(name) or os.path.isabs(name):
+        return path(name)
+    scheme, colon, rest = os.fspath(folder).partition("://")
+    if not colon:
+        return Path(os.path.normpath(folder / name))
+    bucket, _, key = rest.partition("/")
+    inside = os.path.normpath(os.path.join("/", key, name)).lstrip("/")
+    return path(f"{scheme}://{bucket}/{inside}")
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old or the new one, never a part."""
+    with writing(target) as file:
+        file.write_bytes(data)
+
+
+@contextlib.contextmanager
+def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Context that yields a file on a disk to write; `target` is it once it is whole.
+
+    Folders above it are made. If the context ends by an error, nothing is left.
+    """
+    target = path(target)
+    if is_bucket(target):
+        with tempfile.TemporaryDirectory(prefix="rae_jax_") as folder:
+            file = Path(folder) / target.name
+            yield file
+            upload(file, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
+    try:
+        yield partial
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def upload(file: Path, target: Path) -> None:
+    """Copies a file of a disk into a bucket; it appears there as a whole.
+
+    Raises:
+        OSError: The bucket cannot be written.
+    """
+    system, key = _system(target)
+    with _errors_naming(target):
+        system.put_file(os.fspath(file), key)
+
+
+def local(name: str | os.PathLike[str]) -> Path:
+    """Returns a file or folder on a disk with the content of `name`.
+
+    That of a bucket is copied once to a cache (`RAE_CACHE`, default ~/.cache/rae_jax)
+    and again when it has changed.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        OSError: The disk has no room for it, or the bucket cannot be read.
+    """
+    source = path(name)
+    if not is_bucket(source):
+        return source
+    system, key = _system(source)
+    with _errors_naming(source):
+        found = system.find(key, detail=True)
+        if not found:
+            raise FileNotFoundError(f"{source} does not exist.")
+        facts = sorted(_facts(key, name, info) for name, info in found.items())
+    digest = hashlib.sha256(f"{source} {facts}".encode()).hexdigest()[:20]
+    copy = cache() / "files" / digest / source.name
+    _copy(source, copy, sorted(found), sum(fact[1] for fact in facts))
+    return copy
+
+
+def cache() -> Path:
+    """Returns the folder for what can be fetched or made again."""
+    default = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(
+        os.environ.get("RAE_CACHE") or os.path.join(default, "rae_jax")
+    ).expanduser()
+
+
+def remove_tree(folder: Path) -> None:
+    """Deletes a folder with all that is in it, if it exists."""
+    if not is_bucket(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    system, key = _system(folder)
+    with contextlib.suppress(FileNotFoundError), _errors_naming(folder):
+        system.rm(key, recursive=True)
+
+
+def move_tree(folder: Path, target: Path) -> None:
+    """Moves a folder to a place beside it, instead of what is there."""
+    remove_tree(target)
+    if not is_bucket(folder):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        return
+    system, _ = _system(folder)
+    for name in files_below(folder):
+        with _errors_naming(folder / name):
+            system.cp_file(_system(folder / name)[1], _system(target / name)[1])
+    remove_tree(folder)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Returns all files of a folder and its folders, relative to it, sorted."""
+    if is_bucket(folder):
+        system, key = _system(folder)
+        with _errors_naming(folder):
+            # An empty object with the name of a folder is how some tools make one.
+            found = (name[len(key) :].lstrip("/") for name in system.find(key))
+            return sorted(name for name in found if name and not name.endswith("/"))
+    return sorted(
+        os.path.relpath(os.path.join(root, name), folder)
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )
+
+
+def names_in(folder: Path) -> tuple[list[str], list[str]]:
+    """Returns the names of the folders and of the files in a folder, sorted."""
+    if is_bucket(folder):
+        system, key = _system(folder)
+        with _errors_naming(folder):
+            infos = [info for info in system.ls(key, detail=True)]
+        entries = [
+            (os.path.basename(info["name"].rstrip("/")), info["type"] == "directory")
+            for info in infos
+            if info["name"].rstrip("/") != key.rstrip("/")
+        ]
+    else:
+        with os.scandir(folder) as found:
+            entries = [(entry.name, entry.is_dir()) for entry in found]
+    folders = sorted({name for name, is_folder in entries if is_folder})
+    return folders, sorted(name for name, is_folder in entries if not is_folder)
+
+
+@functools.cache
+def _prepare(scheme: str) -> None:
+    """Sets up the library of a kind of bucket."""
+    library = SCHEMES[scheme]
+    if importlib.util.find_spec(library) is None:
+        raise ModuleNotFoundError(
+            f"{scheme} addresses need the package {library}: "
+            f'pip install "rae_jax[{EXTRAS[scheme]}]". Or mount the bucket and give a '
+            "path in the mounted folder."
+        )
+    import fsspec
+
+    # etils would import TensorFlow for this if it were there.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    # Other processes write too, so what a folder held before says nothing.
+    protocol = scheme.removesuffix("://")
+    for name in {protocol, "gcs"} if protocol == "gs" else {protocol}:
+        fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+
+
+def _system(address: Path) -> tuple[Any, str]:
+    """Returns the file system of an address, and what it calls the path."""
+    import fsspec
+
+    path(address)  # Prepares the library.
+    return fsspec.core.url_to_fs(os.fspath(address))
+
+
+@contextlib.contextmanager
+def _errors_naming(address: Path) -> Iterator[None]:
+    """Turns what the libraries of buckets raise into OSErrors with the address."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{address} does not exist.") from None
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise OSError(f"{address} cannot be read or written: {reason}") from error
+
+
+def _facts(root: str, name: str, info: dict[str, Any]) -> tuple[str, int, str]:
+    """What tells one content of a file in a bucket from another."""
+    marks = [info.get(key) for key in ("generation", "ETag", "etag", "md5Hash")]
+    mark = next((str(value) for value in marks if value), str(info.get("mtime")))
+    return name[len(root) :], int(info.get("size") or 0), mark
+
+
+def _copy(source: Path, copy: Path, names: list[str], size: int) -> None:
+    import filelock
+
+    system, key = _system(source)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(copy.parent / ".lock"):  # Processes of one machine.
+        if copy.exists():
+            return
+        free = shutil.disk_usage(copy.parent).free
+        if free < size:
+            raise OSError(
+                f"{source} has {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
+                f"free in {cache()}. Make room or set RAE_CACHE to another disk."
+            )
+        if size > _LARGE:
+            text = f"copying {size / 1e9:.1f} GB from {source} to {copy.parent}"
+            print(text, file=sys.stderr, flush=True)
+        partial = copy.parent / "partial"
+        for name in names:
+            target = partial / os.path.relpath(name, key)
+            target = partial if name == key else target
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _errors_naming(source):
+                system.get_file(name, os.fspath(target))
+        os.replace(partial, copy)

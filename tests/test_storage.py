@@ -1,0 +1,106 @@
+"""Files and folders on a disk and in buckets, by the same calls."""
+
+import types
+from pathlib import Path
+
+import pytest
+
+from rae_jax import storage
+
+
+@pytest.fixture(params=["disk", "gs", "s3"])
+def folder(request, make_bucket, tmp_path):
+    if request.param == "disk":
+        return tmp_path / "data"
+    return storage.path(make_bucket(request.param)) / "data"
+
+
+def test_a_file_appears_when_it_is_complete(folder):
+    target = folder / "a" / "file.npz"
+    with storage.writing(target) as file:
+        assert file.suffix == ".npz"
+        file.write_bytes(b"first")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), storage.writing(target) as file:
+        file.write_bytes(b"second")
+        raise RuntimeError
+    assert target.read_bytes() == b"first"
+    storage.write_atomically(target, b"third")
+    assert storage.local(target).read_bytes() == b"third"
+    assert storage.names_in(folder / "a") == ([], ["file.npz"])
+
+
+def test_folders_are_listed_moved_and_deleted(folder):
+    for name in ("b/two", "b/c/three", "one"):
+        storage.write_atomically(folder / name, name.encode())
+    assert storage.names_in(folder) == (["b"], ["one"])
+    assert storage.files_below(folder) == ["b/c/three", "b/two", "one"]
+    assert (storage.local(folder / "b") / "c" / "three").read_bytes() == b"b/c/three"
+    storage.write_atomically(folder / "moved" / "old", b"")
+    storage.move_tree(folder / "b", folder / "moved")
+    assert storage.files_below(folder) == ["moved/c/three", "moved/two", "one"]
+    storage.remove_tree(folder / "moved")
+    storage.remove_tree(folder / "moved")
+    assert storage.files_below(folder) == ["one"]
+
+
+def test_a_copy_follows_its_original(bucket):
+    target = storage.path(f"{bucket}/file")
+    storage.write_atomically(target, b"one")
+    first = storage.local(target)
+    assert storage.local(target) == first and first.parent.parent.parent.is_dir()
+    storage.write_atomically(target, b"two")
+    assert storage.local(target).read_bytes() == b"two"
+    assert first.read_bytes() == b"one"
+    with pytest.raises(FileNotFoundError, match="missing does not exist"):
+        storage.local(f"{bucket}/missing")
+
+
+def test_no_room_for_a_copy_is_said(bucket, monkeypatch):
+    target = storage.path(f"{bucket}/file")
+    storage.write_atomically(target, b"one")
+    usage = types.SimpleNamespace(free=2)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="RAE_CACHE"):
+        storage.local(target)
+
+
+def test_an_unwritable_bucket_is_named(bucket):
+    with pytest.raises(OSError, match="no-such-bucket-of-ours/file"):
+        storage.write_atomically(
+            storage.path(f"{bucket[:5]}no-such-bucket-of-ours/file"), b""
+        )
+
+
+@pytest.mark.parametrize("scheme", storage.SCHEMES)
+def test_a_missing_library_is_named(scheme, monkeypatch):
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+    storage._prepare.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "rae_jax\[(gcs|s3)\]"'):
+        storage.path(f"{scheme}bucket/x")
+    storage._prepare.cache_clear()
+
+
+def test_addresses_need_a_bucket():
+    with pytest.raises(ValueError, match="gs:///x names no bucket"):
+        storage.path("gs:///x")
+
+
+@pytest.mark.parametrize(
+    "folder, name, joined",
+    [
+        ("runs/a", "../b", "runs/b"),
+        ("runs/a", "gs://bucket/b", "gs://bucket/b"),
+        ("gs://bucket/runs/a", "../b", "gs://bucket/runs/b"),
+        ("gs://bucket/runs", "../../../b", "gs://bucket/b"),
+        ("s3://bucket/runs", "s3://other/b", "s3://other/b"),
+    ],
+)
+def test_names_count_from_a_folder(folder, name, joined):
+    assert str(storage.join(storage.path(folder), name)) == joined
+
+
+def test_absolute_names_stand_alone(tmp_path):
+    assert storage.join(storage.path("gs://bucket/x"), str(tmp_path)) == tmp_path
+    assert storage.absolute("x") == Path.cwd() / "x"
+    assert str(storage.absolute("gs://bucket/x")) == "gs://bucket/x"
