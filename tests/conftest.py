@@ -110,7 +110,7 @@ def loaded_once():
 
 @pytest.fixture(scope="session")
 def bucket_server():
-    """Starts the server of a kind of bucket, once; returns the variables to reach it."""
+    """Starts the server of a kind of bucket once; returns its users' variables."""
     import buckets
 
     with contextlib.ExitStack() as stack:
