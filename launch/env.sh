@@ -1,13 +1,18 @@
 # shellcheck shell=bash
 # Sourced: the environment of a run. `set_environment PLATFORM` (tpu, gpu or cpu)
 # exports what follows; a variable that is set already is kept.
-#   RAE_BUCKET  gs://NAME or s3://NAME: the launchers mount it at RAE_MOUNT, default the
-#               folder bucket in the root of the tree, with RAE_MOUNT_OPTIONS (-o of
-#               gcsfuse or s3fs), so that all machines share it; credentials are those
-#               of the machines
-#   RAE_DATA    folder of prepared data, default data, or bucket/data
-#   RAE_RUNS    folder of workdirs, default runs, or bucket/runs; has to be shared by all
-#               machines of a run
+#   RAE_BUCKET  gs://NAME or s3://NAME, with a folder if you like (gs://NAME/FOLDER), that
+#               all machines share; rae-jax reads and writes it by its address, and the
+#               launchers install what it needs for that. Credentials are those of the
+#               machines
+#   RAE_MOUNT   folder; where it is set, the launchers mount RAE_BUCKET there, with
+#               RAE_MOUNT_OPTIONS (-o of gcsfuse or s3fs), instead of using its address
+#   RAE_DATA    folder or address of prepared data, default data, or $RAE_BUCKET/data
+#               ($RAE_MOUNT/data)
+#   RAE_RUNS    folder or address of workdirs, default runs, or $RAE_BUCKET/runs
+#               ($RAE_MOUNT/runs); has to be shared by all machines of a run
+#   AWS_ENDPOINT_URL, AWS_REGION  of s3:// in other stores than Amazon's; the launchers
+#               pass them on, but no keys
 #   RAE_TPU_TYPE  kind of TPU, such as v6e-16; the launchers set it; on other machines the
 #               TPU_ACCELERATOR_TYPE of Google's images counts
 #   RAE_CACHE   compiled programs, default ~/.cache/rae_jax
@@ -32,13 +37,29 @@ RAE_GPU_FLAGS+=" --xla_gpu_enable_pipelined_all_gather=true"
 RAE_GPU_FLAGS+=" --xla_gpu_enable_pipelined_reduce_scatter=true"
 RAE_GPU_FLAGS+=" --xla_gpu_enable_pipelined_all_reduce=true"
 
-set_environment() {
-  local platform=$1 base=""
-  if [[ ${RAE_BUCKET-} ]]; then
-    export RAE_MOUNT=${RAE_MOUNT:-bucket}
-    base="$RAE_MOUNT/"
+# Exports RAE_DATA and RAE_RUNS; fails where RAE_BUCKET is not the address of a bucket.
+set_places() {
+  local base="" bucket=${RAE_BUCKET-}
+  if [[ $bucket ]]; then
+    while [[ $bucket == */ ]]; do bucket=${bucket%/}; done
+    if [[ ! $bucket =~ ^(gs|s3)://[^/]+(/[^/]+)*$ ]]; then
+      printf 'rae-jax: error: RAE_BUCKET must be gs://NAME or s3://NAME, got %s\n' \
+        "'$RAE_BUCKET'" >&2
+      return 1
+    fi
+    export RAE_BUCKET=$bucket
+    base="${RAE_MOUNT:-$bucket}/"
+  fi
+  if [[ ${RAE_MOUNT_OPTIONS-} && ! ${RAE_MOUNT-} ]]; then
+    printf 'rae-jax: error: RAE_MOUNT_OPTIONS needs RAE_MOUNT, a folder\n' >&2
+    return 1
   fi
   export RAE_DATA=${RAE_DATA:-${base}data} RAE_RUNS=${RAE_RUNS:-${base}runs}
+}
+
+set_environment() {
+  local platform=$1
+  set_places || return
   export RAE_CACHE=${RAE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/rae_jax}
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$RAE_CACHE/compiled}
   case $platform in

@@ -20,21 +20,26 @@ usage: bash launch/gke.sh VERB [OPTION ...] [-- COMMAND ...]
   --cluster NAME      (or RAE_CLUSTER), made with: xpk cluster create
   --zone ZONE         (or RAE_ZONE); --project ID (or RAE_PROJECT)
   --type TYPE         such as v5p-128 (or RAE_TPU_TYPE); --slices N of them
-  --image IMAGE       with rae-jax installed, used as it is
+  --image IMAGE       with rae-jax installed, used as it is: with its extra gcs or s3
+                      for addresses of buckets, and RAE_MOUNT is not heeded
   --base-image IMAGE  with Python 3.11 and pip, gets this tree and installs it at each
                       start; default python:3.11-slim
-  --storage NAME      of a storage that XPK attached to the cluster; repeatable
+  --storage NAME      of a storage that XPK attached to the cluster, whose folder all
+                      machines then share; not needed for addresses; repeatable
   --grace SECONDS     to save a checkpoint on preemption; default 120
   --xpk-flag FLAG     another flag of `xpk workload create`; repeatable
   --detach            do not wait for the end
   --env KEY=VALUE     for COMMAND; repeatable. Variables of launch/env.sh (RAE_BUCKET,
-                      RAE_DATA, RAE_RUNS) and of the recipes are passed on
+                      RAE_MOUNT, RAE_DATA, RAE_RUNS) and of the recipes are passed on
   --max-restarts N    default 100
   --dry-run           print the commands, no more
 
+Workdirs and data must be where all machines reach them, such as in a bucket:
+
   bash launch/gke.sh run --name rae --cluster pods --zone us-east5-a --type v5p-128 \
-    --storage bucket -- rae-jax train --config configs/dit_dh.py:dinov2_b \
-    --workdir /bucket/dit_dh
+    -- rae-jax train --config configs/dit_dh.py:dinov2_b \
+    --config.data.path=gs://my-bucket/data/imagenet \
+    --workdir gs://my-bucket/runs/dit_dh
 TEXT
 }
 

@@ -19,13 +19,17 @@ usage: bash launch/gpu_node.sh VERB [OPTION ...] [-- COMMAND ...]
   --gpus N            use the first N; default all
   --ssh-option OPT    such as -p2222; repeatable
   --env KEY=VALUE     for COMMAND; repeatable. Variables of launch/env.sh (RAE_BUCKET,
-                      RAE_DATA, RAE_RUNS) and of the recipes are passed on
+                      RAE_MOUNT, RAE_DATA, RAE_RUNS) and of the recipes are passed on
   --max-restarts N    after preemptions of --host; default 100
   --logs FOLDER       for output of --host; default runs/launch
   --dry-run           print the commands, no more
 
+Workdirs and data may be in a bucket, by its address:
+
   bash launch/gpu_node.sh run -- rae-jax train --config configs/dit_dh.py:dinov2_b \
     --workdir runs/dit_dh
+  bash launch/gpu_node.sh run -- rae-jax train --config configs/dit_dh.py:dinov2_b \
+    --config.data.path=s3://my-bucket/data/imagenet --workdir s3://my-bucket/runs/dit_dh
 TEXT
 }
 
@@ -57,7 +61,7 @@ provide() {
     waited=1
     sleep "$POLL_SECONDS"
   done
-  send_tree && on_host "$(unpack_command gpu)"
+  send_tree && on_host "$(unpack_command "gpu$EXTRAS")"
 }
 
 send_tree() {

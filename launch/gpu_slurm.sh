@@ -22,15 +22,20 @@ usage: bash launch/gpu_slurm.sh VERB [OPTION ...] [-- COMMAND ...]
   --sbatch-flag FLAG  another flag of sbatch; repeatable
   --job NUMBER        for logs and stop
   --detach            do not follow the output
-  --no-install        .venv in this tree is ready
+  --no-install        .venv in this tree is ready, also for addresses of buckets:
+                      bash launch/worker.sh install gpu,gcs (or gpu,s3)
   --env KEY=VALUE     for COMMAND; repeatable. Variables of launch/env.sh (RAE_BUCKET,
-                      RAE_DATA, RAE_RUNS) and of the recipes are passed on
+                      RAE_MOUNT, RAE_DATA, RAE_RUNS) and of the recipes are passed on
   --max-restarts N    default 100
   --logs FOLDER       for output; default runs/launch
   --dry-run           print the commands, no more
 
+Workdirs and data may be in the shared file system or in a bucket, by its address:
+
   bash launch/gpu_slurm.sh run --nodes 4 --partition gpu --time 24:00:00 -- \
     rae-jax train --config configs/dit_dh.py:dinov2_b --workdir runs/dit_dh
+  bash launch/gpu_slurm.sh run --nodes 4 --partition gpu --time 24:00:00 -- \
+    rae-jax train --config configs/dit_dh.py:dinov2_b --workdir gs://my-bucket/dit_dh
 TEXT
 }
 
@@ -99,7 +104,7 @@ case $verb in
   run)
     need_command
     forward ${pairs[@]+"${pairs[@]}"}
-    [[ ! $install ]] || run bash "$ROOT/launch/worker.sh" install gpu
+    [[ ! $install ]] || run bash "$ROOT/launch/worker.sh" install "gpu$EXTRAS"
     if [[ $DRY_RUN ]]; then
       submit
     else

@@ -4,6 +4,8 @@
 
 # shellcheck source=launch/setup_venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
+# shellcheck source=launch/env.sh
+source "$ROOT/launch/env.sh"
 
 DRY_RUN=""
 # Exit codes, as rae_jax/training/interrupts.py and watchdog.py have them.
@@ -107,12 +109,25 @@ check_name() {
       "letter, got '$2'."
 }
 
-# Variables of env.sh and of the recipes.
+# Variables of env.sh and of the recipes, none of them secret.
 FORWARDED=(RAE_BUCKET RAE_MOUNT RAE_MOUNT_OPTIONS RAE_DATA RAE_RUNS RAE_IMAGENET
-  RAE_INCEPTION RAE_REFERENCE)
+  RAE_INCEPTION RAE_REFERENCE AWS_ENDPOINT_URL AWS_REGION)
 
-# Puts KEY=VALUE words for other machines into PAIRS: the variables above, then $@.
+# Prints the extras that addresses in these variables and in the words of a command need,
+# a comma before each.
+bucket_extras() {
+  local name words="$*"
+  for name in "${FORWARDED[@]}"; do
+    [[ $name == RAE_BUCKET && ${RAE_MOUNT-} ]] || words+=" ${!name-}"
+  done
+  [[ $words != *gs://* ]] || printf ',gcs'
+  [[ $words != *s3://* ]] || printf ',s3'
+}
+
+# Puts KEY=VALUE words for other machines into PAIRS: the variables above, then $@; and
+# into EXTRAS what they and COMMAND need there beside the platform's packages.
 PAIRS=()
+EXTRAS=""
 forward() {
   local name pair
   for name in "${FORWARDED[@]}"; do
@@ -122,6 +137,14 @@ forward() {
     [[ $pair == [A-Za-z_]*=* ]] || die "--env takes KEY=VALUE, got '$pair'."
     PAIRS+=("$pair")
   done
+  # In a process of its own: these are the other machines' variables.
+  # shellcheck disable=SC2034 # Of the launchers.
+  EXTRAS=$(
+    for pair in ${PAIRS[@]+"${PAIRS[@]}"}; do
+      [[ $pair != RAE_* ]] || export "${pair?}"
+    done
+    set_places && bucket_extras ${COMMAND[@]+"${COMMAND[@]}"}
+  ) || exit 1
 }
 
 # Writes the tree without caches and results into the archive $1.
@@ -129,7 +152,8 @@ pack_tree() {
   run env COPYFILE_DISABLE=1 tar -czf "$1" --exclude=__pycache__ -C "$ROOT" "${TREE[@]}"
 }
 
-# The shell command that unpacks the archive on a machine and installs for platform $1.
+# The shell command that unpacks the archive on a machine and installs for platform $1,
+# such as tpu,gcs.
 # The environment and the runs beside the tree are kept; a running command is not
 # disturbed.
 unpack_command() {

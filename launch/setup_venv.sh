@@ -3,7 +3,8 @@
 # with these extras (comma separated), installed in .venv in the clone's root:
 #   ROOT     the clone's root
 #   VENV     the environment; $VENV/bin/python is its Python
-# A later call with the same extras takes a moment; an interrupted one is continued.
+# A later call with extras that are there takes a moment; an interrupted one is
+# continued.
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 VENV="$ROOT/.venv"
@@ -103,13 +104,25 @@ install() {
   rm "$VENV/.installing"
 }
 
+# Whether the extras $1 are installed as the clone now has them, by one call or several.
+are_installed() {
+  local mark stamp extra found=,
+  mark=$(fingerprint)
+  for stamp in "$VENV"/.installed-*; do
+    [[ ! -e $stamp || $(<"$stamp") != "$mark" ]] || found+="${stamp##*/.installed-},"
+  done
+  found=${found//-/,}
+  for extra in ${1//,/ }; do
+    [[ $found == *",$extra,"* ]] || return 1
+  done
+}
+
 setup_venv() {
   local extras=$1 gigabytes=${2:-3}
   local stamp="$VENV/.installed-${extras//,/-}"
   # They would put other packages before those of the environment.
   unset PYTHONHOME PYTHONPATH
-  if venv_works && [[ ! -e $VENV/.installing ]] &&
-    [[ -e $stamp && $(<"$stamp") == "$(fingerprint)" ]]; then
+  if venv_works && [[ ! -e $VENV/.installing ]] && are_installed "$extras"; then
     return
   fi
   check_disk "$gigabytes"

@@ -11,10 +11,13 @@ usage: bash launch/simulate.sh [--dry-run] PROCESSESxDEVICES COMMAND ...
 Runs COMMAND as PROCESSES processes that find each other on loopback, as the machines
 of a pod or a cluster do, with DEVICES simulated CPU devices each. `rae-jax` is that of
 .venv, if it is there. When one process fails, the others are ended, and its exit code
-is returned; Ctrl-C and SIGTERM are passed on to all.
+is returned; Ctrl-C and SIGTERM are passed on to all. Addresses of buckets need the
+extra gcs or s3 there: bash launch/worker.sh install cpu,gcs
 
   bash launch/simulate.sh 2x4 rae-jax train --config configs/dit_dh.py:smoke \
     --workdir runs/simulated
+  bash launch/simulate.sh 2x4 rae-jax train --config configs/dit_dh.py:smoke \
+    --workdir gs://my-bucket/simulated
 TEXT
 }
 

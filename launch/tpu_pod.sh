@@ -30,17 +30,21 @@ usage: bash launch/tpu_pod.sh VERB [OPTION ...] [-- COMMAND ...]
   --create-flag F   another flag of gcloud's create command; repeatable
   --internal-ip     connect by internal addresses
   --env KEY=VALUE   for COMMAND; repeatable. Variables of launch/env.sh (RAE_BUCKET,
-                    RAE_DATA, RAE_RUNS) and of the recipes are passed on
+                    RAE_MOUNT, RAE_DATA, RAE_RUNS) and of the recipes are passed on
   --max-restarts N  after preemptions; default 100
   --logs FOLDER     for output; default runs/launch
   --dry-run         print the commands, no more
 
-COMMAND runs in the root of the tree, with rae-jax on PATH. Workdirs and data must be in
-a folder that all workers share, such as a bucket that is mounted at `bucket`:
+COMMAND runs in the root of the tree, with rae-jax on PATH. Workdirs and data must be
+where all workers reach them, such as in a bucket, by its address; the workers' service
+account must be allowed to write there. Recipes use that of RAE_BUCKET by themselves:
 
+  bash launch/tpu_pod.sh run --name rae --zone us-east5-a --type v5p-128 --spot -- \
+    rae-jax train --config configs/dit_dh.py:dinov2_b \
+    --config.data.path=gs://my-bucket/data/imagenet \
+    --workdir gs://my-bucket/runs/dit_dh
   RAE_BUCKET=gs://my-bucket bash launch/tpu_pod.sh run --name rae --zone us-east5-a \
-    --type v5p-128 --spot -- rae-jax train --config configs/dit_dh.py:dinov2_b \
-    --config.data.path=bucket/data/imagenet --workdir bucket/runs/dit_dh
+    --type v5p-128 --spot -- bash launch/recipes/rae_imagenet256.sh decoder stats dit
 TEXT
 }
 
@@ -190,7 +194,7 @@ provide() {
   local archive="${TMPDIR:-/tmp}/rae_jax.$name.tar.gz"
   ensure_pod
   pack_tree "$archive" && on_workers scp "$archive" "$name:" &&
-    on_all "$(unpack_command tpu)"
+    on_all "$(unpack_command "tpu$EXTRAS")"
 }
 
 start() { on_all "$(start_command "$1" tpu "${PAIRS[@]}" -- "${COMMAND[@]}")"; }
@@ -215,6 +219,7 @@ need_program gcloud "Install the Google Cloud CLI and log in: gcloud auth login.
 case $verb in
   up)
     check_pod_options
+    forward ${pairs[@]+"${pairs[@]}"}
     provide
     ;;
   run)

@@ -3,15 +3,16 @@
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
-# shellcheck source=launch/env.sh
-source "$ROOT/launch/env.sh"
 
 usage() {
   cat <<'TEXT'
 usage: bash launch/worker.sh VERB ...
 
 Runs commands on this machine, in the root of the tree, with `rae-jax` on PATH.
-  install PLATFORM                        rae_jax for tpu, gpu or cpu in .venv
+  install PLATFORM[,EXTRA ...]            rae_jax for tpu, gpu or cpu in .venv, with the
+                                          extra gcs or s3 for addresses of buckets;
+                                          for those of RAE_BUCKET, RAE_DATA and
+                                          RAE_RUNS by itself
   exec PLATFORM [KEY=VALUE ...] -- COMMAND ...
                                           install, then become COMMAND
   run JOB PLATFORM [KEY=VALUE ...] -- COMMAND ...
@@ -40,12 +41,15 @@ provide_python() {
   PATH="$(dirname -- "$python"):$PATH"
 }
 
+# $1: PLATFORM[,EXTRA ...]
 install_for() {
-  case $1 in
-    tpu) setup_for demo,tpu 5 ;;
-    gpu) setup_for demo,gpu 10 ;;
-    cpu) setup_for demo 3 ;;
-    *) die "unknown platform $1 (tpu, gpu or cpu)" ;;
+  local platform=${1%%,*}
+  local extras=${1#"$platform"}
+  case $platform in
+    tpu) setup_for "demo,tpu$extras" 5 ;;
+    gpu) setup_for "demo,gpu$extras" 10 ;;
+    cpu) setup_for "demo$extras" 3 ;;
+    *) die "unknown platform $platform (tpu, gpu or cpu)" ;;
   esac
 }
 
@@ -65,17 +69,25 @@ read_command() {
   COMMAND=("${@:2}")
 }
 
+# The extras for the addresses in KEY=VALUE words, -- and a command for platform $1.
+extras_of() {
+  (read_command "${@:2}" && set_environment "$1" && bucket_extras "${COMMAND[@]}")
+}
+
 enter() {
   read_command "${@:2}"
   set_environment "$1"
   export PATH="$VENV/bin:$PATH"
   cd "$ROOT"
-  [[ -z ${RAE_BUCKET-} ]] || mount_bucket "${RAE_BUCKET#*://}"
+  [[ -z ${RAE_BUCKET-} || -z ${RAE_MOUNT-} ]] || mount_bucket
 }
 
-# Mounts the bucket $1 as a folder, unless it is.
+# Mounts the bucket, or its folder, at RAE_MOUNT, unless it is.
 mount_bucket() {
   local options=(${RAE_MOUNT_OPTIONS:+-o "$RAE_MOUNT_OPTIONS"})
+  local name=${RAE_BUCKET#*://} folder=""
+  [[ $name != */* ]] || folder=${name#*/}
+  name=${name%%/*}
   ! mountpoint --quiet "$RAE_MOUNT" || return 0
   mkdir -p "$RAE_MOUNT"
   case $RAE_BUCKET in
@@ -83,14 +95,13 @@ mount_bucket() {
       need_program gcsfuse "It mounts gs:// buckets; install it on this machine:" \
         "https://cloud.google.com/storage/docs/cloud-storage-fuse/install"
       # Checkpoints are folders that are renamed when they are complete.
-      gcsfuse --implicit-dirs --rename-dir-limit=1000000 "${options[@]}" "$1" \
-        "$RAE_MOUNT" >&2
+      gcsfuse --implicit-dirs --rename-dir-limit=1000000 \
+        ${folder:+--only-dir="$folder"} "${options[@]}" "$name" "$RAE_MOUNT" >&2
       ;;
     s3://*)
       need_program s3fs "It mounts s3:// buckets; install it: apt-get install s3fs."
-      s3fs "$1" "$RAE_MOUNT" "${options[@]}" >&2
+      s3fs "$name${folder:+:/$folder}" "$RAE_MOUNT" "${options[@]}" >&2
       ;;
-    *) die "RAE_BUCKET must be gs://NAME or s3://NAME, got '$RAE_BUCKET'." ;;
   esac || die "$RAE_BUCKET could not be mounted at $RAE_MOUNT (see above)."
 }
 
@@ -160,9 +171,14 @@ verb=$1
 shift
 case $verb in
   -h | --help) usage ;;
-  install) install_for "${1-}" ;;
+  install)
+    set_places
+    [[ ${1-} == *,* ]] || set -- "${1-}$(bucket_extras)"
+    install_for "$1"
+    ;;
   exec)
-    install_for "${1-}"
+    extras=$(extras_of "${1-}" "${@:2}")
+    install_for "$1$extras"
     enter "$@"
     exec "${COMMAND[@]}"
     ;;

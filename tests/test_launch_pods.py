@@ -1,8 +1,4 @@
-"""The launchers of pods and clusters, with stand-ins for gcloud, ssh, xpk and SLURM.
-
-The stand-ins of gcloud and ssh run what they are told to on "workers": folders of this
-machine. `rae-jax` there ends as the file `plan` says, one word for each run.
-"""
+"""The launchers of pods and clusters, with stand-ins for gcloud, ssh, xpk and SLURM."""
 
 import os
 import re
@@ -13,124 +9,9 @@ import sys
 import time
 
 import pytest
-from launch_clone import HEEDS_SIGINT, ROOT, Clone, write_script
+from launch_clone import HEEDS_SIGINT, POD, ROOT, TRAIN, Cluster, write_script
 
 from rae_jax.training import interrupts
-
-# Ends as the next line of $FAKE/plan says: a code; `gone`, as if the pod was taken
-# away; `wait`, when it gets SIGTERM.
-RAE_JAX = r"""#!/usr/bin/env bash
-echo "rae-jax $* A=${A-} distributed=${RAE_DISTRIBUTED-}" >>"$FAKE/runs"
-echo "training in ${PWD##*/}"
-next=$(head -n 1 "$FAKE/plan")
-sed -i 1d "$FAKE/plan"
-case $next in
-  gone) echo SUSPENDED >"$FAKE/request"; echo PREEMPTED >"$FAKE/pod"; exit 134 ;;
-  wait) trap 'exit 75' TERM; touch "$FAKE/waits"; while :; do sleep 0.1; done ;;
-esac
-exit "${next:-0}"
-"""
-# Keeps the state of request and pod in files; FAIL holds a part of a command line.
-GCLOUD = r"""#!/usr/bin/env bash
-printf '%s\n' "gcloud ${*@Q}" >>"$FAKE/calls"
-if [[ -s $FAKE/fail && "$*" == *"$(<"$FAKE/fail")"* ]]; then
-  echo "ERROR: denied" >&2
-  exit 1
-fi
-show() { cat "$FAKE/$1" 2>/dev/null || { echo "NOT_FOUND: none" >&2; exit 1; }; }
-on_workers() {
-  local code=0
-  for worker in 0 1; do
-    [[ $worker == 0 || $* != *"worker.sh "[rls]* ]] || continue # One plan.
-    mkdir -p "$FAKE/$worker"
-    (cd "$FAKE/$worker" && HOME=$PWD "$@") || code=$?
-  done
-  return "$code"
-}
-case "$*" in
-  *"queued-resources describe"*) show request ;;
-  *"tpu-vm describe"*) show pod ;;
-  *"queued-resources create"*) echo ACTIVE >"$FAKE/request"; echo READY >"$FAKE/pod" ;;
-  *"tpu-vm create"*) echo READY >"$FAKE/pod" ;;
-  *" delete "*) rm -rf "$FAKE"/{request,pod,0,1} ;;
-  *" scp "*) archive=${*: -2:1}; on_workers cp "$archive" rae_jax.tar.gz ;;
-  *" ssh "*)
-    for word in "$@"; do
-      [[ $word != --command=* ]] || on_workers bash -c "${word#--command=}" || exit
-    done
-    ;;
-esac
-"""
-SSH = r"""#!/usr/bin/env bash
-printf '%s\n' "${0##*/} ${*@Q}" >>"$FAKE/calls"
-[[ ! -s $FAKE/down ]] || { sed -i 1d "$FAKE/down"; exit 255; }
-mkdir -p "$FAKE/0"
-cd "$FAKE/0"
-case $0 in
-  *scp) cp "${*: -2:1}" rae_jax.tar.gz ;;
-  *) HOME=$PWD bash -c "${*: -1}" ;;
-esac
-"""
-RECORD = r"""#!/usr/bin/env bash
-printf '%s\n' "${0##*/} ${*@Q}" >>"$FAKE/calls"
-case "${0##*/} $*" in
-  sbatch*) echo "77;cluster" ;;
-  "scontrol --oneliner"*) echo "JobId=77 JobState=$(head -1 "$FAKE/plan") ExitCode=9:0"
-    sed -i 1d "$FAKE/plan" ;;
-  "scontrol show hostnames"*) printf 'node1\nnode2\n' ;;
-  "srun"*) SLURM_PROCID=1 "${@:2}" || exit ;;
-esac
-[[ ! -s $FAKE/fail || "$*" != *"$(<"$FAKE/fail")"* ]]
-"""
-POD = ("--name=rae", "--zone=z", "--type=v5p-16")
-TRAIN = ("--", "rae-jax", "train", "--workdir", "my runs")
-
-
-class Cluster(Clone):
-    """A clone whose launchers find stand-ins only."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.fake = folder / "fake"
-        self.fake.mkdir()
-        for name in ("LICENSE", "README.md"):
-            (self.root / name).touch()
-        for name in ("configs", "rae_jax"):
-            (self.root / name).mkdir()
-        write_script(self.bin / "gcloud", GCLOUD)
-        for name in ("ssh", "scp"):
-            write_script(self.bin / name, SSH)
-        for name in ("xpk", "kubectl", "sbatch", "scontrol", "srun", "squeue"):
-            write_script(self.bin / name, RECORD)
-        # What the stand-in of pip's environment holds.
-        python = (self.bin / "python3.11").read_text()
-        rae_jax = f"cat >\"$3/bin/rae-jax\" <<'END'\n{RAE_JAX}END\n"
-        lines = python.splitlines(keepends=True)
-        lines = [rae_jax if "printf '#!" in line else line for line in lines]
-        write_script(self.bin / "python3.11", "".join(lines))
-
-    def __call__(self, script, *arguments, plan="", fail="", **variables):
-        (self.fake / "plan").write_text(plan.replace(" ", "\n") + "\n")
-        (self.fake / "fail").write_text(fail)
-        return self.run(script, *arguments, **variables)
-
-    def environment(self):
-        fake = str(self.fake)
-        own = dict(FAKE=fake, TMPDIR=fake, RAE_POLL_SECONDS="0")
-        return super().environment() | own
-
-    def read(self, name):
-        path = self.fake / name
-        return path.read_text().splitlines() if path.exists() else []
-
-    def verbs(self):
-        """The gcloud calls but those that describe, as `tpu-vm create`."""
-        words = [shlex.split(call)[3:5] for call in self.read("calls")]
-        return [" ".join(pair) for pair in words if pair[1] != "describe"]
-
-    def logs(self):
-        paths = sorted((self.root / "runs" / "launch").glob("*.log"))
-        return [path.read_text() for path in paths]
 
 
 @pytest.fixture
@@ -339,24 +220,6 @@ def test_workload_of_a_gke_cluster(cluster):
     assert result.returncode == 1 and "launch/gke.sh logs" in result.stderr
     result = cluster("gke.sh", "run", *options[1:], *TRAIN)
     assert "--name is missing; give it or set RAE_WORKLOAD" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("address", "program", "flag"),
-    [("gs://my-b", "gcsfuse", "--rename-dir-limit"), ("s3://my-b", "s3fs", "'my-b'")],
-)
-def test_buckets_are_mounted_where_commands_run(cluster, address, program, flag):
-    write_script(cluster.bin / "mountpoint", "#!/usr/bin/env bash\nexit 1\n")
-    variables = dict(RAE_BUCKET=address, RAE_MOUNT_OPTIONS="a=b,c")
-    write_script(cluster.bin / program, RECORD)
-    assert cluster("tpu_pod.sh", "run", *POD, *TRAIN, **variables).returncode == 0
-    mount = cluster.read("calls")[-1]
-    assert mount.startswith(program) and flag in mount and "'-o' 'a=b,c'" in mount
-    assert (cluster.fake / "0" / "rae_jax_tree" / "bucket").is_dir()
-    assert len(cluster.read("runs")) == 1
-    write_script(cluster.bin / program, "#!/usr/bin/env bash\nexit 3\n")
-    failed = cluster("tpu_pod.sh", "run", *POD, *TRAIN, **variables)
-    assert "could not be mounted" in failed.stdout
 
 
 @pytest.mark.parametrize(("state", "code"), [("COMPLETED", 0), ("FAILED", 9)])

@@ -14,7 +14,6 @@ import pytest
 from launch_clone import ROOT, Clone, write_script
 
 from rae_jax import config as configs
-from rae_jax import main
 from rae_jax.planning import compile, targets
 
 LAUNCH = ROOT / "launch"
@@ -98,6 +97,53 @@ def test_every_command_and_config_of_a_recipe_exists(name):
     assert all(path.startswith(str(out.with_suffix(""))) for path in measured)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_hand_addresses_over(name):
+    variables = dict(RAE_BUCKET="gs://b/", RAE_IMAGENET="s3://in/")
+    options = ("--inception=w.pth", "--reference=s3://r/a.npz", "--latents=gs://l//x/")
+    parsed = [parse(words) for words in commands(name, *options, **variables)]
+    runs = f"gs://b/runs/{name}"
+    for verb, args, config in parsed:
+        if verb == "train":
+            assert str(args.workdir).startswith(f"{runs}/")
+        elif verb == "sample":
+            assert (str(args.workdir), str(args.out)) == (
+                f"{runs}/dit",
+                f"{runs}/samples.npz",
+            )
+            assert args.guide in (None, f"{runs}/guide")
+        elif verb == "evaluate":
+            assert str(args.target).startswith(f"{runs}/samples")
+            assert args.target.with_suffix(".json") == args.out
+            assert args.reference == "s3://r/a.npz"
+        elif config:
+            assert str(args.latents) == "gs://l/x"
+            own = name == "ldae_imagenet"
+            assert (config.encoder.weights == f"{runs}/ldae") == own
+        else:
+            assert str(args.src) in ("s3://in/train", "s3://in/val")
+            assert str(args.dst).startswith("gs://b/data/imagenet/")
+        if config:
+            assert config.data.path == "gs://b/data/imagenet"
+    trained = [c for verb, _, c in parsed if verb == "train"]
+    assert trained[-1].data.latents == "gs://l/x"
+
+
+def test_recipes_take_a_mounted_bucket_and_places_of_their_own():
+    mounted = dict(RAE_BUCKET="gs://b", RAE_MOUNT="disk")
+    (words,) = commands("rae_imagenet256", "stats", **mounted)
+    _, args, config = parse(words)
+    assert str(args.workdir) == "disk/runs/rae_imagenet256/stats"
+    assert config.data.path == "disk/data/imagenet"
+    places = ("--runs=s3://c/r/", "--data=images")
+    (words,) = commands("rae_imagenet256", "stats", *places, **mounted)
+    _, args, config = parse(words)
+    assert str(args.workdir) == "s3://c/r/stats" and config.data.path == "images"
+    result = run("recipes/rae_imagenet256.sh", "--dry-run", RAE_BUCKET="b")
+    assert result.returncode == 1 and result.stdout == ""
+    assert "RAE_BUCKET must be gs://NAME or s3://NAME, got 'b'" in result.stderr
+
+
 def test_guide_is_the_small_network_of_the_paper():
     for name, epochs in (("rae_imagenet256", 14), ("rae_imagenet512", 20)):
         (words,) = commands(name, "guide")
@@ -122,7 +168,8 @@ def test_stages_are_chosen_and_places_come_from_the_environment():
         (["prepare"], "--imagenet is missing; give it or set RAE_IMAGENET"),
         (["fid", "--inception=w"], "--reference is missing"),
         (["decode"], "unknown stage decode; choose from: prepare decoder"),
-        (["--runs=gs://b/x"], "mount"),
+        (["--runs=http://b/x"], "--runs may be a folder, gs://NAME/PATH or s3://"),
+        (["--latents=gs://"], "--latents may be a folder, gs://NAME/PATH or s3://"),
         (["--latent=x"], "unknown option --latent"),
         (["prepare", "--imagenet=i"], "stage prepare runs on one machine"),
     ],
@@ -143,15 +190,6 @@ def test_a_failed_stage_ends_a_recipe_with_its_code(tmp_path):
     assert len((tmp_path / "runs").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    "words", [["--workdir", "gs://b/x"], ["--workdir=x", "--config.data.path=s3://b"]]
-)
-def test_addresses_of_buckets_are_refused(words, capsys):
-    with pytest.raises(SystemExit):
-        main.main(["train", "--config", "configs/dit_dh.py:smoke", *words])
-    assert "Mount it (gs:// by gcsfuse, s3:// by s3fs)" in capsys.readouterr().err
-
-
 def environment(platform, **variables):
     script = f"source launch/env.sh; set_environment {platform} && env -0"
     command = ["bash", "-c", script]
@@ -168,8 +206,12 @@ def test_environment_of_a_run():
     assert "XLA_FLAGS" not in tpu
     assert environment("gpu")["JAX_PLATFORMS"] == "cuda,cpu"
     assert environment("npu") == {}
-    mounted = environment("cpu", RAE_BUCKET="gs://b")
-    assert mounted["RAE_RUNS"] == "bucket/runs" and mounted["RAE_DATA"] == "bucket/data"
+    native = environment("cpu", RAE_BUCKET="gs://b/", RAE_DATA="/d")
+    assert native["RAE_RUNS"] == "gs://b/runs" and native["RAE_DATA"] == "/d"
+    assert "RAE_MOUNT" not in native
+    mounted = environment("cpu", RAE_BUCKET="gs://b", RAE_MOUNT="/m")
+    assert mounted["RAE_RUNS"] == "/m/runs" and mounted["RAE_DATA"] == "/m/data"
+    assert environment("cpu", RAE_BUCKET="b") == {}
 
 
 def test_plan_compiles_with_the_same_options():

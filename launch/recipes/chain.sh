@@ -15,7 +15,8 @@ continues where it was, and one that is finished takes a moment.
 
   --imagenet FOLDER   ImageNet: train/ and val/ with class folders (or RAE_IMAGENET)
   --data FOLDER       prepared images, default \$RAE_DATA/imagenet (data/imagenet)
-  --runs FOLDER       workdirs, default \$RAE_RUNS/$CHAIN (runs/$CHAIN)
+  --runs FOLDER       workdirs, samples and scores, default \$RAE_RUNS/$CHAIN
+                      (runs/$CHAIN)
   --latents FOLDER    encode all images once into this folder ($LATENTS_SIZE),
                       which spares the encoder in every step of dit
   --inception FILE    weights of the FID Inception (or RAE_INCEPTION), for fid:
@@ -25,14 +26,17 @@ continues where it was, and one that is finished takes a moment.
   --set KEY=VALUE     of every training's config, such as mesh.fsdp=8; repeatable
   --dry-run           print the commands, no more
 
+Folders and files may be addresses, gs://NAME/PATH or s3://NAME/PATH. With RAE_BUCKET,
+data and runs are in that bucket (launch/env.sh).
+
 On a pod or cluster all machines run a recipe together, but for prepare and latents:
 run these stages on one machine first.
 TEXT
 }
 
 imagenet=${RAE_IMAGENET-}
-# With a bucket, the launchers have set RAE_DATA and RAE_RUNS to folders in it.
-data="${RAE_DATA:-data}/imagenet"
+set_places
+data=$RAE_DATA/imagenet
 latents=""
 inception=${RAE_INCEPTION-}
 reference=${RAE_REFERENCE-}
@@ -42,7 +46,7 @@ chosen=()
 trap : TERM
 
 read_chain() {
-  runs="${RAE_RUNS:-runs}/$CHAIN"
+  runs=$RAE_RUNS/$CHAIN
   while (($#)); do
     case $1 in
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
@@ -70,14 +74,26 @@ read_chain() {
     esac
     shift 2
   done
-  if [[ $runs$data$latents == *://* ]]; then
-    die "--runs, --data and --latents are folders, not addresses of a bucket: mount" \
-      "the bucket (gcsfuse, mountpoint-s3) and give the folder it is mounted at."
-  fi
+  local place
+  for place in imagenet data runs latents inception reference; do
+    tidy_address "$place"
+  done
   [[ ! -x $VENV/bin/rae-jax ]] || PATH="$VENV/bin:$PATH"
   need_program rae-jax "Install it: bash launch/worker.sh install gpu (or tpu, cpu)."
   # Experiment files are named from the root; other paths stay the caller's.
   configs="$ROOT/configs"
+}
+
+# In an address, unlike in a path, a second slash is part of a name.
+tidy_address() {
+  local scheme rest
+  [[ ${!1} == *://* ]] || return 0
+  scheme=${!1%%://*}
+  rest=${!1#*://}
+  while [[ $rest == *//* ]]; do rest=${rest//\/\//\/}; done
+  printf -v "$1" '%s' "$scheme://${rest%/}"
+  [[ ${!1} =~ ^(gs|s3)://[^/]+ ]] ||
+    die "--$1 may be a folder, gs://NAME/PATH or s3://NAME/PATH, got '${!1}'."
 }
 
 wanted() {
