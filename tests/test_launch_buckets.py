@@ -98,6 +98,7 @@ def test_the_worker_refuses_it_too(cluster):
         (TRAIN, {}, "demo,gpu"),
         (TRAIN, {"RAE_BUCKET": "gs://b"}, "demo,gpu,gcs"),
         (TRAIN, {"RAE_BUCKET": "gs://b", "RAE_DATA": "s3://d"}, "demo,gpu,gcs,s3"),
+        (TRAIN, dict(RAE_BUCKET="gs://b", RAE_DATA="d", RAE_RUNS="r"), "demo,gpu,gcs"),
         (TRAIN, {"RAE_BUCKET": "gs://b", "RAE_MOUNT": "m"}, "demo,gpu"),
         (("--env", "RAE_RUNS=gs://b", *TRAIN), {}, "demo,gpu,gcs"),
         (("--", "rae-jax", "--workdir=s3://b/x"), {}, "demo,gpu,s3"),
