@@ -14,13 +14,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 SCHEMES = {"gs://": "gcsfs", "s3://": "s3fs"}
 EXTRAS = {"gs://": "gcs", "s3://": "s3"}
 _LARGE = 2**30  # Bytes whose copying is worth a line.
+_COPIES = 8  # Files that are copied at a time.
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -94,6 +96,48 @@ def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def writing_folder(target: Path, last: str) -> Iterator[Path]:
+    """Context that yields a folder on a disk to fill; `target` is it afterwards.
+
+    Args:
+        target: The folder, which replaces one of before.
+        last: The file that tells that the folder is whole: where folders cannot be
+            renamed, it is removed first and comes last.
+    """
+    if is_bucket(target):
+        with tempfile.TemporaryDirectory(prefix="rae_jax_") as temporary:
+            folder = Path(temporary)
+            yield folder
+            remove(target / last)
+            remove_tree(target)
+            upload_tree(folder, target, last)
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    remove_tree(partial)
+    partial.mkdir(parents=True)
+    yield partial
+    remove_tree(target)
+    partial.rename(target)
+
+
+@contextlib.contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """Context that yields a folder on a disk; what it holds is added to `target`."""
+    if not is_bucket(target):
+        yield target
+        return
+    with tempfile.TemporaryDirectory(prefix="rae_jax_") as folder:
+        yield Path(folder)
+        upload_tree(Path(folder), target)
+
+
+def upload_tree(folder: Path, target: Path, last: str = "") -> None:
+    """Copies the files of a folder into one of a bucket, the one named `last` last."""
+    for name in sorted(files_below(folder), key=lambda name: (name == last, name)):
+        upload(folder / name, target / name)
+
+
 def upload(file: Path, target: Path) -> None:
     """Copies a file of a disk into a bucket; it appears there as a whole.
 
@@ -101,8 +145,44 @@ def upload(file: Path, target: Path) -> None:
         OSError: The bucket cannot be written.
     """
     system, key = _system(target)
-    with _errors_naming(target):
-        system.put_file(os.fspath(file), key)
+    try:
+        with _errors_naming(target):
+            system.put_file(os.fspath(file), key)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{target}: there is no such bucket.") from None
+
+
+def kind(name: Path) -> str:
+    """Returns "folder", "file", or "" where there is neither.
+
+    Raises:
+        OSError: The bucket cannot be read.
+    """
+    if not is_bucket(name):
+        return "folder" if name.is_dir() else "file" if name.exists() else ""
+    system, key = _system(name)
+    try:
+        with _errors_naming(name):
+            found = system.info(key)["type"]
+    except FileNotFoundError:
+        return ""
+    return "folder" if found == "directory" else "file"
+
+
+def read_bytes(file: Path) -> bytes:
+    """Returns the content of a file; that of a bucket by a single request.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: It cannot be read.
+    """
+    if not is_bucket(file):
+        return file.read_bytes()
+    system, key = _system(file)
+    # Otherwise s3fs asks for the size first.
+    options = {"max_concurrency": 1} if os.fspath(file).startswith("s3") else {}
+    with _errors_naming(file):
+        return system.cat_file(key, **options)
 
 
 def local(name: str | os.PathLike[str]) -> Path:
@@ -123,11 +203,34 @@ def local(name: str | os.PathLike[str]) -> Path:
         found = system.find(key, detail=True)
         if not found:
             raise FileNotFoundError(f"{source} does not exist.")
-        facts = sorted(_facts(key, name, info) for name, info in found.items())
-    digest = hashlib.sha256(f"{source} {facts}".encode()).hexdigest()[:20]
-    copy = cache() / "files" / digest / source.name
-    _copy(source, copy, sorted(found), sum(fact[1] for fact in facts))
+    copy, size = _place(source, key, found)
+    _copy(source, copy, sorted(found), size)
     return copy
+
+
+def local_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Returns files of one folder as `local` does, several copied at a time.
+
+    Raises:
+        FileNotFoundError: One of them does not exist.
+        OSError: The disk has no room for all, or the bucket cannot be read.
+    """
+    if not is_bucket(folder):
+        return [folder / name for name in names]
+    system, key = _system(folder)
+    with _errors_naming(folder):
+        found = system.find(key, detail=True)
+    copies = []
+    for name in names:
+        file = f"{key}/{name}"
+        if file not in found:
+            raise FileNotFoundError(f"{folder / name} does not exist.")
+        copy, size = _place(folder / name, file, {file: found[file]})
+        copies.append((folder / name, copy, [file], size))
+    _check_room(folder, sum(size for _, copy, _, size in copies if not copy.exists()))
+    with futures.ThreadPoolExecutor(_COPIES) as pool:
+        list(pool.map(lambda copy: _copy(*copy), copies))
+    return [copy for _, copy, _, _ in copies]
 
 
 def cache() -> Path:
@@ -136,6 +239,16 @@ def cache() -> Path:
     return Path(
         os.environ.get("RAE_CACHE") or os.path.join(default, "rae_jax")
     ).expanduser()
+
+
+def remove(file: Path) -> None:
+    """Deletes a file, if it exists."""
+    if not is_bucket(file):
+        file.unlink(missing_ok=True)
+        return
+    system, key = _system(file)
+    with contextlib.suppress(FileNotFoundError), _errors_naming(file):
+        system.rm_file(key)
 
 
 def remove_tree(folder: Path) -> None:
@@ -242,6 +355,30 @@ def _facts(root: str, name: str, info: dict[str, Any]) -> tuple[str, int, str]:
     return name[len(root) :], int(info.get("size") or 0), mark
 
 
+def _place(
+    source: Path, root: str, found: dict[str, dict[str, Any]]
+) -> tuple[Path, int]:
+    """Returns where the cache keeps a file or folder, and its size."""
+    facts = sorted(_facts(root, name, info) for name, info in found.items())
+    digest = hashlib.sha256(f"{source} {facts}".encode()).hexdigest()[:20]
+    place = cache() / "files" / digest / source.name
+    return place, sum(fact[1] for fact in facts)
+
+
+def _check_room(source: Path, size: int) -> None:
+    """Refuses a copy that the disk has no room for, and announces a large one."""
+    cache().mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache()).free
+    if free < size:
+        raise OSError(
+            f"{source} has {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
+            f"free in {cache()}. Make room or set RAE_CACHE to another disk."
+        )
+    if size > _LARGE:
+        text = f"copying {size / 1e9:.1f} GB from {source} to {cache()}"
+        print(text, file=sys.stderr, flush=True)
+
+
 def _copy(source: Path, copy: Path, names: list[str], size: int) -> None:
     import filelock
 
@@ -250,15 +387,7 @@ def _copy(source: Path, copy: Path, names: list[str], size: int) -> None:
     with filelock.FileLock(copy.parent / ".lock"):  # Processes of one machine.
         if copy.exists():
             return
-        free = shutil.disk_usage(copy.parent).free
-        if free < size:
-            raise OSError(
-                f"{source} has {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
-                f"free in {cache()}. Make room or set RAE_CACHE to another disk."
-            )
-        if size > _LARGE:
-            text = f"copying {size / 1e9:.1f} GB from {source} to {copy.parent}"
-            print(text, file=sys.stderr, flush=True)
+        _check_room(source, size)
         partial = copy.parent / "partial"
         for name in names:
             target = partial / os.path.relpath(name, key)

@@ -44,6 +44,33 @@ def test_folders_are_listed_moved_and_deleted(folder):
     assert storage.files_below(folder) == ["one"]
 
 
+def test_kinds_and_contents_are_told(folder):
+    storage.write_atomically(folder / "b" / "two", b"content")
+    names = ("b", "b/two", "b/three", "bb")
+    assert [storage.kind(folder / n) for n in names] == ["folder", "file", "", ""]
+    assert storage.read_bytes(folder / "b" / "two") == b"content"
+    with pytest.raises(FileNotFoundError, match="b/three"):
+        storage.read_bytes(folder / "b" / "three")
+
+
+def test_files_of_a_folder_are_copied_together(folder, monkeypatch):
+    names = [f"b/{k}" for k in range(5)]
+    for name in names:
+        storage.write_atomically(folder / name, name.encode())
+    found = storage.local_files(folder, names[1:])
+    assert [file.read_bytes() for file in found] == [n.encode() for n in names[1:]]
+    assert found == [storage.local(folder / name) for name in names[1:]]
+    if storage.is_bucket(folder):
+        with pytest.raises(FileNotFoundError, match="b/9 does not exist"):
+            storage.local_files(folder, ["b/0", "b/9"])
+        usage = types.SimpleNamespace(free=5)  # Enough for each, not for all.
+        monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+        storage.write_atomically(folder / "b" / "1", b"new")
+        with pytest.raises(OSError, match="RAE_CACHE"):
+            storage.local_files(folder, names[:2])
+        assert storage.local_files(folder, names[2:]) == found[1:]
+
+
 def test_a_copy_follows_its_original(bucket):
     target = storage.path(f"{bucket}/file")
     storage.write_atomically(target, b"one")
@@ -66,7 +93,7 @@ def test_no_room_for_a_copy_is_said(bucket, monkeypatch):
 
 
 def test_an_unwritable_bucket_is_named(bucket):
-    with pytest.raises(OSError, match="no-such-bucket-of-ours/file"):
+    with pytest.raises(OSError, match="ours/file: there is no such bucket"):
         storage.write_atomically(
             storage.path(f"{bucket[:5]}no-such-bucket-of-ours/file"), b""
         )

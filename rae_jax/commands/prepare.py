@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.data import preparing, sources
 
 HELP = "Turn images into ArrayRecord shards, one .npz, or an encoder's latents."
@@ -24,7 +25,7 @@ EXAMPLES = """\
       --config.data.path=data/imagenet256
 Latents are those of the config's encoder and data, and of mirror images where it has
 data.flip=True. Train on them by --config.data.latents=data/latents, in the same order
-as on the images.
+as on the images. SRC, DST and OUT.npz may lie in buckets (gs://, s3://).
 """
 
 _SHOWN = 20  # skipped files named on the screen
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_latents(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("latents").add_argument
     latents = "write the latents of a config's data and encoder, as bfloat16 shards"
-    add("--latents", type=Path, metavar="DST", help=latents)
+    add("--latents", metavar="DST", help=latents)
     config = "experiment file; values are overridden by --config.key=value"
     add("--config", metavar="FILE.py[:VARIANT]", help=config)
     batch = "images per call of the encoder (default: 64 per device)"
@@ -96,10 +97,10 @@ def run(args: argparse.Namespace) -> int:
             "command again to continue; fewer --workers need less memory"
         )
     except OSError as error:
-        # One of our own, on weights to be downloaded, has no number.
-        ours = isinstance(error, FileNotFoundError) and error.errno is None
+        # Those of our own, on buckets and weights to be downloaded, have no number.
+        ours = error.errno is None
         problem = str(error) if ours else f"cannot read or write: {error}"
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         problem = str(error)
     except KeyboardInterrupt:
         problem = "interrupted; run the same command again to continue"
@@ -166,7 +167,7 @@ def _prepare_latents(args: argparse.Namespace) -> int:
 
     mesh = sharding.make_mesh()
     options = dict(batch_size=args.batch_size, num_shards=args.shards)
-    job = latent_cache.make_job(config, args.latents, mesh, **options)
+    job = latent_cache.make_job(config, storage.path(args.latents), mesh, **options)
     print(job.describe())
     with _progress(job.total, every=60) as advance:
         job.run(mesh, advance)
@@ -214,7 +215,8 @@ def _target(args: argparse.Namespace) -> tuple[Path, bool]:
         raise ValueError("name the folder of images, SRC.")
     if (args.dst is None) == (args.pack is None):
         raise ValueError("name either a destination DST or --pack OUT.npz.")
-    target = Path(args.pack or args.dst).expanduser()
+    target = storage.path(args.pack or args.dst)
+    target = target if storage.is_bucket(target) else target.expanduser()
     if args.pack and target.suffix != ".npz":
         raise ValueError(f"--pack writes an .npz file, got {args.pack!r}.")
     return target, target.suffix == ".npz"

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rae_jax import storage
+
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
     *(".tif", ".tiff", ".ppm", ".pgm"),
@@ -63,14 +65,14 @@ def open_rgb(image: bytes | str | Path, name: str = "") -> Image.Image:
     CMYK, grey and palette files become RGB; of an animation the first frame is read.
 
     Args:
-        image: The encoded bytes, or the path of a file.
+        image: The encoded bytes, or the path of a file on a disk or in a bucket.
         name: What error messages call the image; defaults to its path.
 
     Raises:
         BadImageError: The file is empty, truncated, damaged or not an image.
     """
     if not isinstance(image, bytes):
-        image, name = Path(image).read_bytes(), name or str(image)
+        image, name = storage.read_bytes(storage.path(image)), name or str(image)
     name = name or "image"
     if not image:
         raise BadImageError(name, "the file is empty (0 bytes)")

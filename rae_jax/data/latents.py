@@ -5,9 +5,9 @@ and 2 i + 1 (mirrored), so that only the one that is used is read.
 """
 
 import dataclasses
+import io
 import itertools
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ import grain
 import ml_dtypes
 import numpy as np
 
+from rae_jax import storage
 from rae_jax.data import records, shards, transforms
 
 FORMAT = "rae_jax-latents-1"
@@ -46,11 +47,14 @@ class Latents:
 
     Raises:
         ValueError: The folder, shards or metadata are missing or do not agree.
+        OSError: The bucket cannot be read, or there is no room for copies of it.
     """
 
     def __init__(self, path: str | Path):
-        self.folder = folder = Path(path).expanduser()
-        if not folder.is_dir():
+        folder = storage.path(path)
+        self.folder = folder if storage.is_bucket(folder) else folder.expanduser()
+        folder = self.folder
+        if storage.kind(folder) != "folder":
             raise ValueError(
                 f"{path} does not exist; `rae-jax prepare --latents {path} --config "
                 "FILE.py:VARIANT` makes it."
@@ -164,9 +168,9 @@ def write(
 
 def unfinished(folder: Path, plan: dict[str, Any]) -> list[shards.Shard]:
     """Returns the shards of a plan that are still to be written."""
-    if (folder / records.METADATA).exists():
+    if shards.has_metadata(folder):
         return []
-    return [task for task in _tasks(folder, plan) if not task.done.exists()]
+    return shards.unfinished(_tasks(folder, plan))
 
 
 def _tasks(folder: Path, plan: dict[str, Any]) -> list[shards.Shard]:
@@ -197,19 +201,20 @@ def _write_shard(
 
 
 def _finish(folder: Path, plan: dict[str, Any]) -> None:
-    notes = {t.path.name: records.read_json(t.done) for t in _tasks(folder, plan)}
+    notes = shards.notes(_tasks(folder, plan))
     labels = [label for note in notes.values() for label in note["labels"]]
-    path = folder / LABELS
-    with records.partial(path).open("wb") as file:
-        np.save(file, np.asarray(labels, np.int32))
-    os.replace(records.partial(path), path)
+    with storage.writing(folder / LABELS) as path:
+        np.save(path, np.asarray(labels, np.int32))
     counts = {name: len(note["labels"]) for name, note in notes.items()}
     records.write_json(folder / records.METADATA, plan | {"shards": counts})
 
 
 def _read_labels(folder: Path, count: int) -> np.ndarray:
     path = folder / LABELS
-    labels = np.load(path) if path.is_file() else np.zeros(0, np.int32)
+    try:
+        labels = np.load(io.BytesIO(storage.read_bytes(path)))
+    except FileNotFoundError:
+        labels = np.zeros(0, np.int32)
     if len(labels) != count:
         raise ValueError(
             f"{path} has {len(labels)} labels, but {records.METADATA} counts {count} "

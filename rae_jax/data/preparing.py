@@ -9,16 +9,18 @@ import os
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rae_jax.data import images, records, shards, sources, transforms
+from rae_jax import storage
+from rae_jax.data import folders, images, records, shards, sources, transforms
 
 PACK_LIMIT = 50_000  # Images of a packed reference, as in the official code.
 CHUNK = 32  # images per task of a packed array
+_READERS = 8  # Images that each process reads from a bucket at a time.
 
 Progress = Callable[[int], None]  # called with the number of images just done
 
@@ -72,16 +74,8 @@ class Tree:
     num_classes = 1
 
     def __init__(self, path: str | Path):
-        self._root = Path(path).expanduser()
-        if not self._root.is_dir():
-            raise ValueError(f"{path} is no folder; expected one with images.")
-        found = (
-            os.path.relpath(os.path.join(folder, name), self._root)
-            for folder, _, names in os.walk(self._root, followlinks=True)
-            for name in names
-            if name[0] != "." and name.lower().endswith(images.EXTENSIONS)
-        )
-        self._files = sorted(found)
+        self.root = folders.existing(path, "images")
+        self._files = folders.images_below(self.root)
         if not self._files:
             raise ValueError(
                 f"{path} holds no images of type {', '.join(images.EXTENSIONS)}, "
@@ -96,11 +90,18 @@ class Tree:
         return self._files[index]
 
     def __getitem__(self, index: int) -> sources.Record:
-        path = self._root / self._files[index]
-        return {"image": path.read_bytes(), "label": 0, "name": str(path)}
+        return folders.read(self.root, self._files[index], 0)
 
 
 Source = sources.Folder | Tree
+
+
+class _BadImages(Exception):
+    """Images that could not be read, and why, by index."""
+
+    def __init__(self, reasons: dict[int, str]):
+        super().__init__()
+        self.reasons = reasons
 
 
 def write_shards(
@@ -136,7 +137,7 @@ def write_shards(
     else:
         shards.begin(folder, plan)
         tasks = shards.tasks(folder, len(source), plan["num_shards"])
-        todo = [task for task in tasks if not task.done.exists()]
+        todo = shards.unfinished(tasks)
         progress(len(source) - sum(task.size for task in todo))
         for task in _parallel(_write_shard, todo, workers, source, recipe):
             progress(task.size)
@@ -170,15 +171,14 @@ def write_pack(
         if not chosen:
             raise ValueError(f"None of the {len(indices)} images could be read.")
         try:
-            found = _write_npz(source, path, recipe, chosen, workers, progress)
-        except BaseException:
-            records.partial(path).unlink(missing_ok=True)
-            raise
-        if not found:
+            with storage.writing(path) as file:
+                _write_npz(source, file, recipe, chosen, workers, progress)
+        except _BadImages as found:
+            # The array's header tells its length, so it is written anew without them.
+            skipped |= found.reasons
+            progress(-len(chosen))
+        else:
             return list(skipped.values())
-        # The array's header tells its length, so it is written anew without them.
-        skipped |= found
-        progress(-len(chosen))
 
 
 def _plan(source: Source, recipe: Recipe, count: int) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _plan(source: Source, recipe: Recipe, count: int) -> dict[str, Any]:
 
 
 def _finish(folder: Path, plan: dict[str, Any], tasks: list[shards.Shard]) -> None:
-    results = {task.path.name: records.read_json(task.done) for task in tasks}
+    results = shards.notes(tasks)
     counts = {name: result["count"] for name, result in results.items()}
     if not any(counts.values()):
         raise ValueError(f"None of the {tasks[-1].stop} images could be read.")
@@ -267,8 +267,8 @@ def _write_shard(task: shards.Shard) -> shards.Shard:
     skipped: list[str] = []
 
     def packed() -> Iterator[bytes]:
-        for index in range(task.start, task.stop):
-            record = source[index]
+        indices = range(task.start, task.stop)
+        for index, record in zip(indices, _read(source, indices), strict=True):
             try:
                 image = recipe.encoded(record)
             except images.BadImageError as error:
@@ -290,14 +290,18 @@ def _write_npz(
     indices: list[int],
     workers: int,
     progress: Progress,
-) -> dict[int, str]:
-    """Writes the images unless some are bad; returns why, by index."""
+) -> None:
+    """Writes the images; if some cannot be read, the array is of no use.
+
+    Raises:
+        _BadImages: Some were to be skipped.
+    """
     shape = (len(indices), recipe.size, recipe.size, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     chunks = [indices[k : k + CHUNK] for k in range(0, len(indices), CHUNK)]
     bad: dict[int, str] = {}
     with (
-        zipfile.ZipFile(records.partial(path), "w") as archive,
+        zipfile.ZipFile(path, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
@@ -306,23 +310,40 @@ def _write_npz(
             if not bad:
                 file.write(b"".join(rows.values()))
             progress(len(rows))
-    if not bad:
-        os.replace(records.partial(path), path)
-    return bad
+    if bad:
+        raise _BadImages(bad)
 
 
 def _crop(indices: list[int]) -> dict[int, bytes | str]:
     """Returns the bytes of each cropped image, or why it could not be read."""
     source, recipe = _shared
     rows: dict[int, bytes | str] = {}
-    for index in indices:
+    for index, record in zip(indices, _read(source, indices), strict=True):
         try:
-            rows[index] = recipe.pixels(source[index]).tobytes()
+            rows[index] = recipe.pixels(record).tobytes()
         except images.BadImageError as error:
             if not recipe.skip_bad:
                 raise
             rows[index] = _reason(source, index, error)
     return rows
+
+
+def _read(source: Source, indices: Sequence[int]) -> Iterator[sources.Record]:
+    """Yields records in order; those of a bucket are read a little ahead."""
+    if not storage.is_bucket(source.root):
+        yield from map(source.__getitem__, indices)
+        return
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        try:
+            for index in indices:
+                pending.append(pool.submit(source.__getitem__, index))
+                if len(pending) > 2 * _READERS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _reason(source: Source, index: int, error: images.BadImageError) -> str:

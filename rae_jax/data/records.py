@@ -10,6 +10,8 @@ from typing import Any
 import grain
 from array_record.python import array_record_module
 
+from rae_jax import storage
+
 METADATA = "metadata.json"
 FORMAT = "rae_jax-images-1"
 
@@ -35,11 +37,6 @@ def shard_names(count: int, prefix: str = "images") -> list[str]:
     return [f"{prefix}-{k:05d}-of-{count:05d}.array_record" for k in range(count)]
 
 
-def partial(path: Path) -> Path:
-    """Returns the name that a file has while it is written."""
-    return path.with_name(path.name + ".partial")
-
-
 def write_shard(path: Path, packed: Iterable[bytes]) -> int:
     """Writes records to a file that appears under its name only when complete.
 
@@ -49,7 +46,10 @@ def write_shard(path: Path, packed: Iterable[bytes]) -> int:
     Raises:
         OSError: The destination is full or cannot be written.
     """
-    unfinished = partial(path)
+    if storage.is_bucket(path):
+        with storage.writing(path) as file:  # The library writes to disks alone.
+            return write_shard(file, packed)
+    unfinished = path.with_name(path.name + ".partial")
     # Encoded images do not compress; groups of one are read at random fastest.
     writer = array_record_module.ArrayRecordWriter(
         str(unfinished), "group_size:1,uncompressed"
@@ -61,9 +61,9 @@ def write_shard(path: Path, packed: Iterable[bytes]) -> int:
             count += 1
         writer.close()
     except RuntimeError as error:  # What the writer raises for any failed write.
-        raise OSError(str(error)) from None
+        raise OSError(f"cannot read or write: {error}") from None
     if not unfinished.exists():
-        raise OSError(f"{unfinished} could not be created")
+        raise OSError(f"cannot read or write: {unfinished} could not be created")
     os.replace(unfinished, path)
     return count
 
@@ -73,25 +73,34 @@ def open_shards(
 ) -> grain.sources.ArrayRecordDataSource:
     """Opens shards for random access, as one sequence of records.
 
+    Those in gs:// are read there, those in s3:// are copied to the cache first, which
+    the library cannot read.
+
     Args:
         folder: Where they are.
         counts: The names of the files and how many records each holds.
 
     Raises:
         ValueError: A file is missing or damaged, or holds another number.
+        OSError: The bucket cannot be read, or the disk has no room for the copies.
     """
     names = [name for name, count in counts.items() if count]
-    missing = [name for name in names if not (folder / name).is_file()]
+    there = set(storage.names_in(folder)[1])
+    missing = [name for name in names if name not in there]
     if missing:
         others = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         shown = ", ".join(map(repr, missing[:5]))
         raise ValueError(f"{folder} lacks {shown}{others}; prepare it again.")
-    paths = [str(folder / name) for name in names]
+    paths = [folder / name for name in names]
+    if os.fspath(folder).startswith("s3://"):
+        paths = storage.local_files(folder, names)
     try:
-        found = grain.sources.ArrayRecordDataSource(paths)
+        found = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
         length = len(found)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"A shard is damaged; prepare it again. {error}") from None
+        damaged = [n for n, path in zip(names, paths, strict=True) if not _opens(path)]
+        which = f"{folder / damaged[0]}" if damaged else f"A shard in {folder}"
+        raise ValueError(f"{which} is damaged; prepare it again. {error}") from None
     expected = sum(counts.values())
     if length != expected:
         raise ValueError(
@@ -101,21 +110,33 @@ def open_shards(
     return found
 
 
+def _opens(path: Path) -> bool:
+    try:
+        array_record_module.ArrayRecordReader(str(path)).close()
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that appears under its name only when complete."""
-    partial(path).write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial(path), path)
+    """Writes a JSON file that appears under its name only when complete.
+
+    Raises:
+        OSError: The destination is full or cannot be written.
+    """
+    storage.write_atomically(path, f"{json.dumps(content, indent=1)}\n".encode())
 
 
 def read_json(path: Path) -> Any:
     """Returns the content of a JSON file.
 
     Raises:
+        FileNotFoundError: There is none.
         ValueError: The file is damaged.
     """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(storage.read_bytes(path))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
 
 
@@ -130,12 +151,13 @@ def read_metadata(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
         ValueError: The file is missing, damaged or of another format.
     """
     path = folder / METADATA
-    if not path.is_file():
+    try:
+        metadata = read_json(path)
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(
             f"{folder} has no {METADATA}. `rae-jax prepare` writes it last: if it "
             "was interrupted, run the same command again to finish."
-        )
-    metadata = read_json(path)
+        ) from None
     if not isinstance(metadata, dict) or metadata.get("format") != kind:
         raise ValueError(f"{path} was not written by `rae-jax prepare` ({kind}).")
     return metadata

@@ -6,16 +6,19 @@ So a folder without metadata is unfinished, and what was finished is not done ag
 
 import dataclasses
 import math
-import shutil
+from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+from rae_jax import storage
 from rae_jax.data import records
 
 IMAGES_PER_SHARD = 2048
 MAX_SHARDS = 1024
 
 _UNFINISHED = "unfinished"  # subfolder with the state of a run
+_READERS = 16  # Notes that are read at a time: each may be a request.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,42 @@ def tasks(folder: Path, total: int, count: int, prefix: str = "images") -> list[
     ]
 
 
+def unfinished(tasks: Sequence[Shard]) -> list[Shard]:
+    """Returns those of a run's tasks that have left no note.
+
+    Raises:
+        OSError: The bucket cannot be read.
+    """
+    there: set[str] = set()
+    if tasks and storage.kind(tasks[0].done.parent) == "folder":
+        there.update(storage.names_in(tasks[0].done.parent)[1])
+    return [task for task in tasks if task.done.name not in there]
+
+
+def notes(tasks: Sequence[Shard]) -> dict[str, Any]:
+    """Returns what the notes of finished tasks say, by the names of their files.
+
+    Raises:
+        ValueError: A note is damaged.
+        OSError: One cannot be read.
+    """
+    with futures.ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(lambda task: records.read_json(task.done), tasks))
+    return {task.path.name: note for task, note in zip(tasks, found, strict=True)}
+
+
+def has_metadata(folder: Path) -> bool:
+    """Returns whether a folder holds a finished result, of whatever plan."""
+    return bool(storage.kind(folder / records.METADATA))
+
+
 def is_complete(folder: Path, plan: dict[str, Any]) -> bool:
     """Returns whether a folder holds the result of just this plan.
 
     Raises:
         ValueError: It holds that of another plan.
     """
-    if not (folder / records.METADATA).exists():
+    if not has_metadata(folder):
         return False
     check_same(folder, plan, records.read_metadata(folder, plan["format"]))
     return True
@@ -64,15 +96,14 @@ def is_complete(folder: Path, plan: dict[str, Any]) -> bool:
 def begin(folder: Path, plan: dict[str, Any]) -> None:
     """Stores the plan of a run, or compares it with that of the run to continue."""
     path = folder / _UNFINISHED / "plan.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if storage.kind(path):
         check_same(folder, plan, records.read_json(path))
     records.write_json(path, plan)
 
 
 def forget(folder: Path) -> None:
     """Deletes the state of a run, once its result is complete."""
-    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
+    storage.remove_tree(folder / _UNFINISHED)
 
 
 def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> None:

@@ -5,15 +5,16 @@ A source has a length, `num_classes` and `class_names`; item i is a record with
 """
 
 import difflib
+import fnmatch
 import glob
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from rae_jax.data import digits, images, photos, records
+from rae_jax import storage
+from rae_jax.data import digits, folders, images, photos, records
 
 Record = dict[str, Any]
 
@@ -41,23 +42,21 @@ class ClassFolder:
     """
 
     def __init__(self, path: str | Path):
-        self._root = _existing_folder(path, "<class name>/<image>.jpg")
-        self.class_names = tuple(_subfolders(self._root))
-        if not self.class_names:
-            raise ValueError(_no_classes(self._root))
-        self._files: list[str] = []
+        self.root = folders.existing(path, "<class name>/<image>.jpg")
+        found = folders.images_by_class(self.root)
+        if not found:
+            raise ValueError(folders.no_classes(self.root))
+        self.class_names = tuple(found)
+        self._files = [file for files in found.values() for file in files]
         self._labels: list[int] = []
-        empty = []
-        for label, name in enumerate(self.class_names):
-            files = _images_below(self._root, name)
-            self._files += files
+        for label, files in enumerate(found.values()):
             self._labels += [label] * len(files)
-            empty += [] if files else [name]
+        empty = [name for name, files in found.items() if not files]
         if empty:
             raise ValueError(
-                f"{self._root}: no images in {_some(empty)}. Expected every folder to "
-                f"be a class with files of type {', '.join(images.EXTENSIONS)}; remove "
-                "the others."
+                f"{self.root}: no images in {folders.some(empty)}. Expected every "
+                "folder to be a class with files of type "
+                f"{', '.join(images.EXTENSIONS)}; remove the others."
             )
 
     @property
@@ -72,7 +71,7 @@ class ClassFolder:
         return self._files[index]
 
     def __getitem__(self, index: int) -> Record:
-        return _read_file(self._root, self._files[index], self._labels[index])
+        return folders.read(self.root, self._files[index], self._labels[index])
 
 
 class FlatFolder:
@@ -86,10 +85,10 @@ class FlatFolder:
     num_classes = 1
 
     def __init__(self, path: str | Path):
-        self._root = _existing_folder(path, "<image>.jpg")
-        self._files = _images_in(self._root)
+        self.root = folders.existing(path, "<image>.jpg")
+        self._files = folders.images_in(self.root)
         if not self._files:
-            raise ValueError(_no_images(self._root))
+            raise ValueError(folders.no_images(self.root))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -99,7 +98,7 @@ class FlatFolder:
         return self._files[index]
 
     def __getitem__(self, index: int) -> Record:
-        return _read_file(self._root, self._files[index], 0)
+        return folders.read(self.root, self._files[index], 0)
 
 
 class ArrayRecords:
@@ -110,15 +109,16 @@ class ArrayRecords:
     """
 
     def __init__(self, path: str | Path):
-        folder, chosen = Path(path), None
+        folder, pattern = storage.path(path), "*"
         if glob.has_magic(str(path)):
-            folder = Path(path).parent
-            chosen = {Path(match).name for match in glob.glob(str(path))}
-        _existing_folder(folder, "<shard>.array_record and metadata.json")
+            folder, pattern = folder.parent, folder.name
+        folder = folders.existing(folder, "<shard>.array_record and metadata.json")
         metadata = records.read_metadata(folder)
         counts = metadata["shards"]
-        names = [name for name in counts if chosen is None or name in chosen]
-        names = [name for name in names if counts[name]]
+        names = [name for name in counts if counts[name]]
+        if pattern != "*":  # Of those that are there: some may have been left out.
+            there = fnmatch.filter(storage.names_in(folder)[1], pattern)
+            names = [name for name in names if name in set(there)]
         if not names:
             raise ValueError(f"{path} names none of the {len(counts)} shards there.")
         self.class_names = tuple(metadata["class_names"])
@@ -195,13 +195,16 @@ def make_source(
 
     Args:
         name: One of `SOURCES`.
-        path: Folder of the images; with a subfolder "train" and "validation" or "val"
-            the split's is read, and without any the folder itself is "train".
+        path: Folder of the images, on a disk or in a bucket (gs://, s3://); with a
+            subfolder "train" and "validation" or "val" the split's is read, and
+            without any the folder itself is "train".
         split: "train", "validation", or "all" for the folder itself.
         options: Further arguments of the source's constructor.
 
     Raises:
         ValueError: A name is unknown, or the folder is not what the source reads.
+        OSError: The bucket cannot be read.
+        ModuleNotFoundError: The library for this kind of bucket is not installed.
     """
     if name not in SOURCES:
         close = difflib.get_close_matches(name, SOURCES, n=1)
@@ -215,7 +218,7 @@ def make_source(
         return Synthetic(**options)
     if not path:
         raise ValueError(f"The data source {name!r} needs a path.")
-    return SOURCES[name](_split_folder(name, Path(path), split), **options)
+    return SOURCES[name](_split_folder(name, storage.path(path), split), **options)
 
 
 def open_folder(path: str | Path, layout: str = "auto") -> Folder:
@@ -227,8 +230,9 @@ def open_folder(path: str | Path, layout: str = "auto") -> Folder:
             beside them.
     """
     if layout == "auto":
-        root = _existing_folder(path, "images or class folders")
-        layout = "flat" if _images_in(root) or not _subfolders(root) else "class"
+        root = folders.existing(path, "images or class folders")
+        is_flat = folders.images_in(root) or not folders.subfolders(root)
+        layout = "flat" if is_flat else "class"
     if layout not in ("class", "flat"):
         raise ValueError(
             f"Unknown layout {layout!r}; choose from ['auto', 'class', 'flat']."
@@ -244,7 +248,8 @@ def _split_folder(source: str, path: Path, split: str) -> Path:
         raise ValueError(f"Unknown split {split!r}; choose from {choices}.")
     for folder in (path / child for child in _SPLIT_FOLDERS[split]):
         # A class may be called "train": it holds images, a split holds classes.
-        if folder.is_dir() and (source != "class_folder" or _subfolders(folder)):
+        is_folder = storage.kind(folder) == "folder"
+        if is_folder and (source != "class_folder" or folders.subfolders(folder)):
             return folder
     if split == "train":
         return path
@@ -252,68 +257,3 @@ def _split_folder(source: str, path: Path, split: str) -> Path:
         f"{path} has no folder {' or '.join(_SPLIT_FOLDERS[split])} for the split "
         f"{split!r}. Name the folder of the split itself and set split to 'all'."
     )
-
-
-def _existing_folder(path: str | Path, expected: str) -> Path:
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        problem = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {problem}; expected a folder with {expected}.")
-    return path
-
-
-def _subfolders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
-
-
-def _is_image(name: str) -> bool:
-    return name[0] != "." and name.lower().endswith(images.EXTENSIONS)
-
-
-def _images_in(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
-
-
-def _images_below(root: Path, name: str) -> list[str]:
-    found = []
-    for folder, folders, names in os.walk(root / name, followlinks=True):
-        folders[:] = [child for child in folders if child[0] != "."]
-        found.append((folder, sorted(child for child in names if _is_image(child))))
-    return [
-        os.path.relpath(os.path.join(folder, file), root)
-        for folder, files in sorted(found)
-        for file in files
-    ]
-
-
-def _read_file(root: Path, file: str, label: int) -> Record:
-    path = root / file
-    return {"image": path.read_bytes(), "label": label, "name": str(path)}
-
-
-def _no_classes(root: Path) -> str:
-    expected = f"{root}: expected one folder per class, <class name>/<image>.jpg, "
-    if _images_in(root):
-        return expected + "but found images. Use the source 'flat_folder'."
-    return expected + _what_else(root)
-
-
-def _no_images(root: Path) -> str:
-    expected = f"{root}: expected images ({', '.join(images.EXTENSIONS)}), "
-    if _subfolders(root):
-        return expected + "but found folders. Use the source 'class_folder'."
-    return expected + _what_else(root)
-
-
-def _what_else(root: Path) -> str:
-    names = sorted(os.listdir(root))
-    if any(name.endswith(".array_record") for name in names):
-        return "but found shards. Use the source 'array_record'."
-    return f"but found only {_some(names)}." if names else "but the folder is empty."
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.data import latents, loader, shards
 from rae_jax.models import rae
 from rae_jax.trainers import frozen, inputs
@@ -71,25 +72,25 @@ class Job:
         """Returns what will be written and whether the disk has room.
 
         Raises:
-            ValueError: They are too few for what is still to be written.
+            ValueError: It has too little for what is still to be written.
         """
-        existing = self.folder.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        free, plan = shutil.disk_usage(existing).free, self.plan
-        if free < self.bytes_to_write:
+        plan, to_write = self.plan, self.bytes_to_write
+        free = _free_bytes(self.folder)
+        if free is not None and free < to_write:
             raise ValueError(
-                f"{self.folder} needs {human(self.bytes_to_write)} more, but only "
+                f"{self.folder} needs {human(to_write)} more, but only "
                 f"{human(free)} are free there. Choose another disk, or a smaller "
                 "data set; data.flip=False halves the space."
             )
         what = "each image and its mirror image" if plan["flip"] else "each image"
-        there = self.bytes_in_all - self.bytes_to_write
+        there = human(self.bytes_in_all - to_write)
+        room = (
+            "a bucket has no known limit" if free is None else f"{human(free)} are free"
+        )
         return (
             f"{self.total} images, {len(plan['class_names'])} classes; latents "
             f"{tuple(plan['shape'])} of {what}, {plan['dtype']}: "
-            f"{human(self.bytes_in_all)} in {self.folder} ({human(there)} are there, "
-            f"{human(free)} are free)"
+            f"{human(self.bytes_in_all)} in {self.folder} ({there} are there, {room})"
         )
 
     def run(self, mesh: Mesh, progress: latents.Progress) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def make_job(
     Args:
         config: Of any trainer with blocks `data` and `encoder`. Relative paths of
             weights count from `folder`, failing that from the current folder.
-        folder: Destination.
+        folder: Destination, on a disk or in a bucket.
         mesh: Devices that encode.
         batch_size: Images per call, at most so many; 64 per device if None.
         num_shards: See `shards.shard_count`.
@@ -143,6 +144,7 @@ def make_job(
     Raises:
         ConfigError: The config cannot be used so.
         ValueError, FileNotFoundError: Images or weights are missing.
+        OSError: A bucket cannot be read.
     """
     _check(config)
     devices = mesh.devices.size
@@ -204,6 +206,16 @@ def human(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count / 1e3:.1f} kB"
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """Returns the space on the disk of a folder, made or not; None for a bucket."""
+    if storage.is_bucket(folder):
+        return None
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def _check(config: ConfigDict) -> None:
