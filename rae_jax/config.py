@@ -18,6 +18,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from rae_jax import storage
+
 _SHOWN = 12  # Names that a message lists.
 BEST = "best"  # Folder in a run's workdir: a workdir itself, of the best checkpoint.
 
@@ -139,7 +141,7 @@ def _override_key(text: str) -> str:
 def save_config(config: ConfigDict, path: Path) -> None:
     """Writes the config as JSON, atomically."""
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-    write_atomically(path, text.encode())
+    storage.write_atomically(path, text.encode())
 
 
 def read_config(path: Path) -> ConfigDict:
@@ -175,14 +177,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
     return flat
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def _tuples(value: Any) -> Any:

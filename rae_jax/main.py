@@ -3,7 +3,6 @@
 import argparse
 import ctypes
 import importlib
-import re
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +12,6 @@ VERBS = ("train", "quickstart", "prepare", "reconstruct", "sample", "evaluate")
 VERBS += ("convert", "report", "plan", "bench")
 # Those that several processes may run as one.
 TOGETHER = ("train", "sample", "evaluate", "bench")
-BUCKET = re.compile(r"(^|=)(gs|s3)://")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,18 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub = verbs.add_parser(verb, help=module.HELP, description=module.HELP)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
-    args, rest = parser.parse_known_args(argv)
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except ModuleNotFoundError as error:  # Of a bucket that an argument names.
+        parser.error(str(error))
     if rest and not hasattr(args, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(args, "overrides"):
         args.overrides = rest
-    for word in argv:
-        if BUCKET.search(word):
-            parser.error(
-                f"{word}: buckets are read and written as folders. Mount it (gs:// by "
-                "gcsfuse, s3:// by s3fs) and give a path in the mounted folder; the "
-                "scripts in launch/ do that with RAE_BUCKET=gs://NAME."
-            )
     return _run(args)
 
 

@@ -7,22 +7,9 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
-GCS = """
-import sys, time
-from gcp_storage_emulator.server import create_server
-create_server("127.0.0.1", int(sys.argv[1]), in_memory=True).start()
-while True:
-    time.sleep(60)
-"""
-S3 = """
-import sys, time
-from moto.server import ThreadedMotoServer
-ThreadedMotoServer("127.0.0.1", int(sys.argv[1]), verbose=False).start()
-while True:
-    time.sleep(60)
-"""
-SERVERS = {"gs": GCS, "s3": S3}
+SERVER = Path(__file__).parent / "bucket_server.py"
 
 
 def variables(scheme: str, url: str) -> dict[str, str]:
@@ -52,7 +39,7 @@ def server(scheme: str):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVERS[scheme], str(port)],
+        [sys.executable, str(SERVER), scheme, str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import toy_run
 
+from rae_jax import storage
 from rae_jax.layers import partition
 from rae_jax.training import distributed, loop
 
@@ -48,7 +49,8 @@ def main(workdir: Path) -> None:
     params = train(workdir, MORE)
     print("only from process 0")
     if distributed.is_main():
-        np.savez(workdir / "params.npz", **params)
+        with storage.writing(workdir / "params.npz") as file:
+            np.savez(file, **params)
         try:
             distributed.barrier("the meeting", 1)
         except distributed.MissingProcess as error:
@@ -59,4 +61,4 @@ def main(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(storage.path(sys.argv[1]))

@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rae_jax"
 # A file imports from its own folder or from folders with a smaller number.
 LEVELS = {
+    "storage": -1,
     "rae_jax": 0,
     "config": 0,
-    "storage": 0,
     "blocks": 0,
     "layers": 1,
     "diffusion": 1,

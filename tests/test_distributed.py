@@ -11,6 +11,7 @@ import numpy as np
 import process_run
 import pytest
 
+from rae_jax import storage
 from rae_jax.training import distributed, logs
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +72,21 @@ def test_two_processes_train_and_resume_as_one(two, tmp_path):
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
         np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-6)
+
+
+def test_two_processes_share_a_bucket(bucket, two):
+    """Each writes its shards there and reads them again, as on a common disk."""
+    workdir = storage.path(bucket) / "two"
+    run_together(2, str(ROOT / "tests" / "process_run.py"), str(workdir))
+    with (
+        np.load(storage.local(workdir / "params.npz")) as found,
+        np.load(two[0] / "params.npz") as wanted,
+    ):
+        assert set(found) == set(wanted)
+        for name in wanted:
+            np.testing.assert_array_equal(found[name], wanted[name])
+    steps = [record["step"] for record in logs.read_metrics(workdir)]
+    assert steps == list(range(1, process_run.MORE + 1))
 
 
 def test_only_process_0_prints(two):

@@ -3,13 +3,13 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from rae_jax import config as configs
+from rae_jax import storage
 
 HELP = "Measure a config's training step and its input on the devices at hand."
 EPILOG = """\
@@ -33,13 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synthetic = "random arrays in place of the config's data: input is not measured"
     add("--synthetic", action="store_true", help=synthetic)
     profile = "write a trace of the timed steps, for TensorBoard or xprof"
-    add("--profile", type=Path, metavar="DIR", help=profile)
+    add("--profile", type=storage.path, metavar="DIR", help=profile)
     add("--json", action="store_true", help="print JSON")
     parser.set_defaults(overrides=[])
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints."""
+    if args.profile is not None and storage.is_bucket(args.profile):
+        raise configs.ConfigError(
+            f"--profile {args.profile}: traces are written to a disk; give a folder."
+        )
     config = configs.load_config(args.config, args.overrides)
     from rae_jax.planning import bench
     from rae_jax.training import distributed

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rae_jax import config as configs
+from rae_jax import storage
 
 if TYPE_CHECKING:
     from rae_jax.trainers import weights
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     add = parser.add_argument
     add("source_path", metavar="SRC", help="what to convert, see below")
-    add("target_path", metavar="DST", type=Path, help="folder or file to write")
+    add("target_path", metavar="DST", type=storage.path, help="folder or file to write")
     add("--kind", choices=KINDS, help="default: what the names of tensors say")
     add("--source", choices=LAYOUTS, help="layout that SRC must be in; default: any")
     add(
@@ -184,8 +185,11 @@ def staged(target: Path, force: bool) -> Iterator[Path]:
     Raises:
         ConfigError: Something is in the way and `force` is not set.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    beside = None
+    if not storage.is_bucket(target):
+        beside = target.parent
+        beside.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=beside))
     try:
         yield folder / target.name
         is_folder = (folder / target.name).is_dir()
@@ -196,6 +200,9 @@ def staged(target: Path, force: bool) -> Iterator[Path]:
         if taken and not force:
             names = ", ".join(map(str, taken))
             raise configs.ConfigError(f"{names} exists. Give --force to replace it.")
+        if storage.is_bucket(target):
+            storage.upload_tree(found, final)
+            return
         final.mkdir(exist_ok=True)
         for file in files:
             os.replace(file, final / file.name)

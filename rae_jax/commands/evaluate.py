@@ -14,6 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.evaluation import rates
 
 HELP = "Measure a run or a set of images: FID, PSNR, SSIM, LPIPS, probe accuracy."
@@ -33,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder of any run; or images: a folder, or an .npz with arr_0 (uint8); or, "
         "with --images, an autoencoder: converted weights or a published name"
     )
-    add("target", type=Path, metavar="WORKDIR|IMAGES|RAE", help=what)
+    add("target", type=storage.path, metavar="WORKDIR|IMAGES|RAE", help=what)
     add("--batch-size", type=int, metavar="N", help="never changes the scores")
     add("--limit", type=int, metavar="N", help="number of images; default: all")
     add("--seed", type=int, default=0, help="of samples and noise, default 0")
     save = "where to write the scores (default: evaluation.json in the workdir)"
-    add("--out", type=Path, metavar="OUT.json", help=save)
+    add("--out", type=storage.path, metavar="OUT.json", help=save)
     _add_judges(parser)
     _add_decoders(parser)
     generation = parser.add_argument_group("latent_diffusion runs, and l-DAE")
@@ -68,19 +69,19 @@ def _add_judges(parser: argparse.ArgumentParser) -> None:
     )
     add("--encoder-token", choices=TOKENS, default=TOKENS[0], help=token)
     save = "write the statistics of IMAGES in one network, for later use as --reference"
-    add("--save-statistics", type=Path, metavar="OUT.npz", help=save)
+    add("--save-statistics", type=storage.path, metavar="OUT.npz", help=save)
 
 
 def _add_decoders(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rae_decoder runs").add_argument
     images = "images to reconstruct, instead of the run's validation split"
-    add("--images", type=Path, metavar="IMAGES", help=images)
+    add("--images", type=storage.path, metavar="IMAGES", help=images)
     noise = "scores over noise on the latents, as robustness.json and .png"
     add("--robustness", action="store_true", help=noise)
     sigmas = "strengths of the noise, separated by commas (default: 0 to 1)"
     add("--sigmas", type=_numbers, metavar="S,S,...", help=sigmas)
     latents = "measure the images decoded from these latents: .npz (n, h, w, c)"
-    add("--latents", type=Path, metavar="FILE.npz", help=latents)
+    add("--latents", type=storage.path, metavar="FILE.npz", help=latents)
     stats = "statistics that those latents were normalised by; default: raw latents"
     add("--latent-stats", default="", metavar="STATS", help=stats)
 
@@ -287,8 +288,10 @@ def _is_images(args: argparse.Namespace) -> bool:
         return args.target.is_file()
     if checkpoints.folder(args.target).is_dir():
         return False
-    files = (path.suffix.lower() for path in args.target.rglob("*"))
-    return _has_judges(args) or any(suffix in images.EXTENSIONS for suffix in files)
+    files = storage.files_below(args.target)
+    return _has_judges(args) or any(
+        name.lower().endswith(images.EXTENSIONS) for name in files
+    )
 
 
 def _only(option: str, trainer: str, config: Any) -> None:
@@ -333,7 +336,7 @@ def _write(out: Path, content: Mapping[str, Any]) -> None:
 
     text = json.dumps(dict(content), indent=2, sort_keys=True)
     if distributed.is_main():
-        configs.write_atomically(out, text.encode())
+        storage.write_atomically(out, text.encode())
 
 
 def _print_notes(notes: Iterable[str]) -> None:

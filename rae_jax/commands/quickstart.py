@@ -7,7 +7,6 @@ lists them, measures what they made and writes the report. A second call continu
 import argparse
 import json
 import platform
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.console import Console
 
 import rae_jax
 from rae_jax import config as configs
+from rae_jax import storage
 
 HELP = "Run the whole chain on embedded photographs: train, measure, report."
 STAGES = {
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=storage.path,
         default=Path("runs/quickstart"),
         help="folder for everything; default runs/quickstart",
     )
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs what is left of the chain and prints where the results are."""
     folder = find_configs(args.configs)
-    workdir = args.workdir.absolute()
+    workdir = storage.absolute(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     stages = [(name, load(folder, name, args.steps)) for name in STAGES]
     for number, (name, config) in enumerate(stages, start=1):
@@ -125,7 +125,7 @@ def run_stage(config: Any, stage: Path, workdir: Path, name: str) -> None:
     if registry.is_finished(config, stage):
         console.print("finished before")
         return
-    (workdir / GENERATION_NAME).unlink(missing_ok=True)  # It measures another run.
+    storage.remove(workdir / GENERATION_NAME)  # It measures another run.
     timed(workdir, name, lambda: registry.train(config, stage, title=name))
     for picture in sorted(stage.glob("*.png")):
         console.print(f"picture: {picture}", soft_wrap=True)
@@ -141,7 +141,7 @@ def timed(workdir: Path, name: str, function: Any) -> None:
     finally:
         seconds = json.loads(path.read_text()) if path.is_file() else {}
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
-        configs.write_atomically(path, json.dumps(seconds).encode())
+        storage.write_atomically(path, json.dumps(seconds).encode())
 
 
 def evaluate(workdir: Path, num_samples: int) -> None:
@@ -149,7 +149,8 @@ def evaluate(workdir: Path, num_samples: int) -> None:
     from rae_jax.trainers import scores
 
     recon = workdir / "rae_decoder" / "reconstructions.png"
-    shutil.copyfile(recon, workdir / "reconstructions.png")
+    picture = recon.read_bytes()
+    storage.write_atomically(workdir / "reconstructions.png", picture)
     result = workdir / GENERATION_NAME
     if result.is_file():
         measured = json.loads(result.read_text())["generation"]
@@ -168,7 +169,7 @@ def evaluate(workdir: Path, num_samples: int) -> None:
             folder=workdir,
         ).scores,
     }
-    configs.write_atomically(result, json.dumps(found).encode())
+    storage.write_atomically(result, json.dumps(found).encode())
 
 
 def write_metrics(workdir: Path) -> None:
@@ -199,4 +200,4 @@ def write_metrics(workdir: Path) -> None:
         "probe": logs.last_scores(workdir / "probe", "top1_"),
     }
     text = json.dumps(metrics, indent=2)
-    configs.write_atomically(path, text.encode())
+    storage.write_atomically(path, text.encode())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rae_jax import storage
+
 HELP = "Encode and decode images with a trained autoencoder, side by side."
 SCORES_NAME = "scores.json"
 _LABELS = {"psnr": "PSNR", "ssim": "SSIM", "lpips_vgg": "LPIPS"}
@@ -17,9 +19,13 @@ Score = Callable[[np.ndarray, np.ndarray], list[dict[str, float]]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    parser.add_argument("images", type=Path, help="an image or a folder of images")
+    parser.add_argument(
+        "images", type=storage.path, help="an image or a folder of images"
+    )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", type=Path, help="folder of a rae_decoder run")
+    model.add_argument(
+        "--workdir", type=storage.path, help="folder of a rae_decoder run"
+    )
     model.add_argument(
         "--autoencoder",
         metavar="SRC",
@@ -28,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=storage.path,
         required=True,
         help="folder for scores.json and one PNG per image: input, reconstruction and "
         "their difference, from black (none) to yellow (a quarter of the range)",
@@ -62,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{file.name}: {text}")
     means = {k: float(np.mean([v[k] for v in scores.values()])) for k in values}
     content = json.dumps({"mean": means, "images": scores}, indent=2)
-    configs.write_atomically(args.out / SCORES_NAME, content.encode())
+    storage.write_atomically(args.out / SCORES_NAME, content.encode())
     print(f"{len(files)} reconstructions: {args.out}")
     return 0
 
@@ -116,6 +122,7 @@ def find_images(path: Path) -> list[Path]:
     """
     from rae_jax.data import images
 
+    path = storage.local(path)
     if path.is_file():
         return [path]
     found = [

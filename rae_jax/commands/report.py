@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rae_jax import config as configs
+from rae_jax import storage
 
 HELP = "Make one HTML page of a quickstart folder, or a table of runs."
 NAME = "report.html"
@@ -22,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder of a quickstart, complete or not; with --table claims the folder that "
         "the workdirs of configs/claims.py lie in"
     )
-    add("workdirs", type=Path, nargs="+", metavar="WORKDIR", help=folder)
+    add("workdirs", type=storage.path, nargs="+", metavar="WORKDIR", help=folder)
     page = (
         f"where the page goes (default: WORKDIR/{NAME}); with --table ldae a .md or "
         ".json file for the tables"
     )
-    add("--out", type=Path, metavar="FILE", help=page)
+    add("--out", type=storage.path, metavar="FILE", help=page)
     table = (
         "print tables instead: claims, the RAE paper's claims beside measurements; "
         "ldae, the tables of the l-DAE paper beside what WORKDIRS have"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.data import class_names
 from rae_jax.evaluation import rates
 
@@ -43,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     add = parser.add_argument
     folder = "folder of a latent_diffusion run, or of an l-DAE that generates"
-    add("workdir", type=Path, nargs="?", help=folder)
+    add("workdir", type=storage.path, nargs="?", help=folder)
     out = "a picture (.png: one grid), an array (.npz: arr_0, labels) or a folder"
-    add("--out", type=Path, required=True, help=out)
+    add("--out", type=storage.path, required=True, help=out)
     latents = "also write the normalised latents, for rae-jax evaluate --latents"
-    add("--latents", type=Path, metavar="OUT.npz", help=latents)
+    add("--latents", type=storage.path, metavar="OUT.npz", help=latents)
     add("--num-samples", type=int, default=64, help="default 64")
     add("--batch-size", type=int, default=32, help="default 32")
     add("--seed", type=int, default=0, help="default 0")
@@ -239,8 +240,8 @@ def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
 
 def _guide(source: str) -> str:
     """Names a file by its whole path: a config's would count from the workdir."""
-    path = Path(source)
-    return str(path.absolute()) if path.exists() else source
+    path = storage.path(source)
+    return str(storage.absolute(path)) if path.exists() else source
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 """`rae-jax train`: one config, one workdir."""
 
 import argparse
-from pathlib import Path
 
 from rae_jax import config as configs
+from rae_jax import storage
 
 HELP = "Train (or resume) the run of a config file in a workdir."
 EPILOG = """\
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
-        type=Path,
+        type=storage.path,
         help="folder of the run: config, checkpoints, logs, pictures",
     )
     parser.add_argument(

@@ -6,6 +6,7 @@ import pathlib
 import re
 from collections.abc import Callable, Sequence
 
+from rae_jax import storage
 from rae_jax.convert import files, sources
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(.+))?")
@@ -21,7 +22,8 @@ def locate(source: str | os.PathLike[str], *, allow: Sequence[str]) -> pathlib.P
     """Returns the local path of weights, which are downloaded if they must be.
 
     Args:
-        source: A local file or folder; "owner/name", a repository of the hub; or
+        source: A local file or folder; one in a bucket, of which a copy is kept;
+            "owner/name", a repository of the hub; or
             "owner/name:path/in/repo", one file of it. What exists here comes first,
             then the cache, then the hub unless HF_HUB_OFFLINE is set.
         allow: Patterns of the files that a whole repository is wanted for.
@@ -30,6 +32,8 @@ def locate(source: str | os.PathLike[str], *, allow: Sequence[str]) -> pathlib.P
         FileNotFoundError: It is nowhere; the message says what is missing and the
             command that downloads it.
     """
+    if storage.is_bucket(source):
+        return storage.local(source)
     local = pathlib.Path(source).expanduser()
     if local.exists():
         return local

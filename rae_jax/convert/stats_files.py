@@ -5,11 +5,11 @@ zero; ours has zeros then and the entry `mean_is_none`, so that the way back is 
 """
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from rae_jax import storage
 from rae_jax.convert import sources, torch_files
 
 OFFICIAL_NAME = "stat.pt"
@@ -36,7 +36,7 @@ def read_stats(path: str | os.PathLike) -> LatentStats:
         FileNotFoundError: There is none.
         ValueError: The file is of another kind.
     """
-    path = Path(path)
+    path = storage.path(path)
     if path.is_dir():
         names = [n for n in (OWN_NAME, OFFICIAL_NAME) if (path / n).is_file()]
         if not names:
@@ -63,13 +63,11 @@ def read_stats(path: str | os.PathLike) -> LatentStats:
 
 def write_stats(path: str | os.PathLike, stats: LatentStats) -> None:
     """Writes a file, in our layout if it ends in .npz, else in the official one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = storage.path(path)
     if path.suffix == ".npz":
         flag = {_MEAN_IS_NONE: np.bool_(True)} if stats.mean is None else {}
-        partial = path.with_name(f".partial_{path.name}")
-        np.savez(partial, **stats.arrays(), **flag)
-        partial.replace(path)
+        with storage.writing(path) as file:
+            np.savez(file, **stats.arrays(), **flag)
         return
     arrays = {k: v for k, v in stats._asdict().items() if v is not None}
     arrays = {
@@ -78,7 +76,8 @@ def write_stats(path: str | os.PathLike, stats: LatentStats) -> None:
     }
     specs = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     values = {"mean": None} if stats.mean is None else {}
-    torch_files.write_pt(path, arrays.items(), specs, values)
+    with storage.writing(path) as file:
+        torch_files.write_pt(file, arrays.items(), specs, values)
 
 
 def _channels_last(source: sources.TensorSource, name: str, is_own: bool) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from rae_jax import storage
 from rae_jax.convert import critic_names, sources, tables
 from rae_jax.evaluation import extractors
 from rae_jax.models import inception
@@ -45,7 +46,7 @@ def load(path: Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file; says what to fetch.
         ValueError: The file is damaged or holds another network.
     """
-    path = Path(path).expanduser()
+    path = storage.path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. {HOW_TO_GET}")
     model = nnx.eval_shape(lambda: inception.InceptionV3(rngs=nnx.Rngs(0)))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rae_jax import storage
 from rae_jax.training import distributed
 
 GAP = 2
@@ -32,10 +33,8 @@ def save_rows(path: Path, rows: Sequence[np.ndarray], *, zoom: int = ZOOM) -> No
         parts += [np.pad(strip, pad, constant_values=255), gap]
     pixels = np.concatenate(parts)
     image = Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG", optimize=True)
-    partial.replace(path)
+    with storage.writing(path) as file:
+        image.save(file, format="PNG", optimize=True)
 
 
 def save_grid(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rae_jax import storage
 from rae_jax.evaluation import (
     extractors,
     frechet,
@@ -180,7 +181,7 @@ def read_reference(
         ValueError: The file holds neither, or what it holds does not fit.
         FileNotFoundError: There is no such file.
     """
-    path = Path(path).expanduser()
+    path = storage.path(path).expanduser()
     names = streaming.array_names(path) if path.is_file() else []
     stored = {}
     if _network(path, names) == extractor.name:
@@ -213,8 +214,8 @@ def save_statistics(path: Path, measured: Measured) -> None:
         if name in measured.gaussians:
             found = measured.gaussians[name]
             arrays |= {mean: found.mean, covariance: found.covariance}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    with storage.writing(path) as file:
+        np.savez(file, **arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +314,7 @@ def _network(path: Path, names: list[str]) -> str:
     """Returns of which network a file's statistics are."""
     if _NETWORK not in names:
         return inception_features.NAME
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(storage.local(path), allow_pickle=False) as file:
         name = file[_NETWORK]
     return str(name) if name.dtype.kind == "U" else inception_features.NAME
 
@@ -323,7 +324,7 @@ def _read_statistics(path: Path, names: list[str]) -> dict[str, frechet.Gaussian
     for feature, (mean, covariance) in _STATISTICS.items():
         if not {mean, covariance} <= set(names):
             continue
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(storage.local(path), allow_pickle=False) as file:
             count = int(file["count"]) if "count" in names else 0
             moments = [file[key].astype(np.float64) for key in (mean, covariance)]
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.evaluation import generate
 
 SIGMAS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -72,4 +72,4 @@ def save_curves(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
         axis.set_axis_off()
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", dpi=100)
-    configs.write_atomically(path, buffer.getvalue())
+    storage.write_atomically(path, buffer.getvalue())

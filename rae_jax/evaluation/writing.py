@@ -4,11 +4,12 @@ An output knows from settings what it belongs to. Those of an unfinished array l
 its rows in a hidden folder beside it, those of a finished one inside it.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.evaluation import pictures, streaming
 
 SETTINGS = "settings"
@@ -182,7 +184,7 @@ class Folder:
             _store_settings(self._path, self._settings)
             classes = {_png_name(i): int(y) for i, y in enumerate(self._labels)}
             text = json.dumps(classes).encode()
-            configs.write_atomically(self._path / LABELS_NAME, text)
+            storage.write_atomically(self._path / LABELS_NAME, text)
         new = [(i, row) for i, row in zip(index.tolist(), rows, strict=True)]
         new = [(i, row) for i, row in new if i not in self._existing]
         with futures.ThreadPoolExecutor(_THREADS) as threads:
@@ -193,10 +195,8 @@ class Folder:
         """Nothing is left to do."""
 
     def _save(self, item: tuple[int, np.ndarray]) -> None:
-        path = self._path / _png_name(item[0])
-        partial = path.with_name(f".{path.name}.partial")
-        Image.fromarray(item[1]).save(partial, format="PNG")
-        os.replace(partial, path)
+        with storage.writing(self._path / _png_name(item[0])) as file:
+            Image.fromarray(item[1]).save(file, format="PNG")
 
 
 class Grid:
@@ -219,6 +219,48 @@ class Grid:
         pictures.save_grid(self._path, np.concatenate(self._rows), columns)
 
 
+class Uploaded:
+    """An output on a disk that is copied into a bucket when it is complete.
+
+    It lies in the cache meanwhile, so that an interrupted command goes on there; what
+    the bucket has already is where it begins.
+
+    Args:
+        out: The address.
+        open_here: Opens the output at a path of a disk.
+    """
+
+    def __init__(self, out: Path, open_here: Callable[[Path], Output]):
+        digest = hashlib.sha256(str(out).encode()).hexdigest()[:20]
+        self._out, self._here = out, storage.cache() / "outputs" / digest / out.name
+        self._here.parent.mkdir(parents=True, exist_ok=True)
+        if not self._here.exists() and out.exists():
+            found = storage.local(out)
+            copy = shutil.copytree if found.is_dir() else shutil.copyfile
+            copy(found, self._here)
+        self._output = open_here(self._here)
+
+    def missing(self) -> np.ndarray:
+        return self._output.missing()
+
+    def add(self, index: np.ndarray, rows: np.ndarray) -> None:
+        """Keeps the rows on the disk; see `Output`."""
+        self._output.add(index, rows)
+
+    def finish(self) -> None:
+        """Completes the output and copies it; see `Output`.
+
+        Raises:
+            OSError: The bucket cannot be written; the output is kept.
+        """
+        self._output.finish()
+        if self._here.is_dir():
+            storage.upload_tree(self._here, self._out)
+        else:
+            storage.upload(self._here, self._out)
+        storage.remove_tree(self._here.parent)
+
+
 def open_images(out: Path, labels: np.ndarray, settings: Settings) -> Output:
     """Returns where uint8 images (n, h, w, 3) go.
 
@@ -231,6 +273,8 @@ def open_images(out: Path, labels: np.ndarray, settings: Settings) -> Output:
     Raises:
         ValueError: Something there was begun with other settings.
     """
+    if storage.is_bucket(out):
+        return Uploaded(out, lambda here: open_images(here, labels, settings))
     if out.suffix == ".png":
         return Grid(out, len(labels))
     if out.suffix == ".npz":
@@ -249,13 +293,15 @@ def open_latents(
     """
     if out.suffix != ".npz":
         raise configs.ConfigError(f"Latents are written to an .npz file, not to {out}.")
+    if storage.is_bucket(out):
+        return Uploaded(out, lambda here: open_latents(here, labels, stats, settings))
     others = {"labels": labels, "mean": stats["mean"], "var": stats["var"]}
     return ArrayFile(out, "latents", len(labels), others, settings)
 
 
 def _store_settings(folder: Path, settings: Settings) -> None:
     text = json.dumps(settings, indent=2, sort_keys=True)
-    configs.write_atomically(folder / _SETTINGS_NAME, text.encode())
+    storage.write_atomically(folder / _SETTINGS_NAME, text.encode())
 
 
 def _check_settings(folder: Path, settings: Settings, out: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.convert import (
     hub,
     published,
@@ -170,15 +171,16 @@ class Pretrained:
             ValueError: The class has no such layout, or the layout cannot hold what
                 the network holds.
         """
-        cls, folder = type(self), Path(folder)
+        cls = type(self)
         ours, shapes = parameters_of(self)
-        if layout == OWN_LAYOUT:
-            writers.write_own(folder, cls.__name__, self.arguments, ours)
-            return
-        if layout not in cls.layouts:
+        if layout not in (OWN_LAYOUT, *cls.layouts):
             raise ValueError(configs.suggest(layout, list(cls.layouts), "layout"))
-        description = cls.export(layout, self.arguments, ours, **options)
-        writers.write_foreign(folder, description, ours, shapes)
+        with storage.filling(storage.path(folder)) as here:
+            if layout == OWN_LAYOUT:
+                writers.write_own(here, cls.__name__, self.arguments, ours)
+                return
+            description = cls.export(layout, self.arguments, ours, **options)
+            writers.write_foreign(here, description, ours, shapes)
 
 
 class Skeleton:
@@ -221,7 +223,7 @@ class Skeleton:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Returns the contents of a folder's `config.json`; empty where there is none."""
-    file = Path(path) / CONFIG_NAME
+    file = storage.path(path) / CONFIG_NAME
     if not file.is_file():
         return {}
     try:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import blas
 
-from rae_jax import config
+from rae_jax import config, storage
 from rae_jax.layers import patches
 
 LINEAR = ("pca", "pixels")  # Those with `components`, orthonormal and complete.
@@ -266,12 +266,11 @@ def _with_basis(mean: np.ndarray, basis: np.ndarray, scale: np.ndarray) -> Patch
 
 def save_components(path: Path, components: dict[str, np.ndarray]) -> None:
     """Writes fitted components as .npz, atomically."""
-    partial = path.with_name(f".{path.stem}.partial.npz")
-    np.savez(partial, **components)
-    partial.replace(path)
+    with storage.writing(path) as file:
+        np.savez(file, **components)
 
 
 def load_components(path: Path) -> dict[str, np.ndarray]:
     """Reads what `save_components` wrote."""
-    with np.load(path) as data:
+    with np.load(storage.local(path)) as data:
         return {name: data[name] for name in ("mean", "basis", "variances")}

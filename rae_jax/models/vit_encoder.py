@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from rae_jax import storage
 from rae_jax.convert import encoder_configs, encoder_names, sources, tables
 from rae_jax.layers import attention, norm, patches, positions, resize, stack
 from rae_jax.models import pretrained, recording, vit, writers
@@ -285,7 +286,7 @@ def read_arguments(path: Path) -> pretrained.Arguments:
         return settings["arguments"]
     if "model_type" not in settings:
         return {}
-    file = Path(path) / PREPROCESSOR_NAME
+    file = storage.path(path) / PREPROCESSOR_NAME
     preprocessor = json.loads(file.read_text()) if file.is_file() else {}
     name, sizes = encoder_configs.sizes_from_config(settings, preprocessor)
     return {"name": name} | sizes

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.convert import safetensor_files, sources, tables, torch_files
 
 CONFIG_NAME = "config.json"
@@ -86,7 +86,7 @@ def write_own(
 
 def _write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2) + "\n"
-    configs.write_atomically(path, text.encode())
+    storage.write_atomically(path, text.encode())
 
 
 def write_foreign(

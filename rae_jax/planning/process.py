@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 import rae_jax
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.planning import compile as compiling
 from rae_jax.planning import predict, targets
 
@@ -94,7 +95,7 @@ def main(folder: Path, target_text: str, what: str) -> None:
         (folder / PROBLEM).write_text(str(error))
         return
     found["notes"] = messages.texts + (found["notes"] or [])
-    configs.write_atomically(folder / RESULT, json.dumps(found).encode())
+    storage.write_atomically(folder / RESULT, json.dumps(found).encode())
 
 
 if __name__ == "__main__":

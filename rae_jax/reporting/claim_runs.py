@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.training import checkpoints, logs
 
 TOKENS = 128  # Width of the tokens of the latents.
@@ -71,7 +72,7 @@ def find(folder: Path) -> list[Run]:
     Raises:
         ConfigError: There is no such folder, or a file in it is damaged.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     if not folder.is_dir():
         raise configs.ConfigError(
             f"No folder {str(folder)!r}. Give the folder whose subfolders are the "

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.reporting import claim_runs
 
 TABLE_NAME = "claims.json"
@@ -71,22 +71,22 @@ def table(folder: Path) -> list[Row]:
     Raises:
         ConfigError: See `claim_runs.find`.
     """
-    folder, runs = Path(folder), claim_runs.find(folder)
+    folder, runs = storage.path(folder), claim_runs.find(folder)
     rows = [_width(folder, runs, width) for width in claim_runs.WIDTHS]
     return rows + [_compared(folder, runs, claim) for claim in COMPARISONS]
 
 
 def write(folder: Path, rows: Sequence[Row]) -> list[Path]:
     """Writes the table as JSON and, if there are any, the widths' curves as PNG."""
-    folder, runs = Path(folder), claim_runs.find(folder)
+    folder, runs = storage.path(folder), claim_runs.find(folder)
     found = [dataclasses.asdict(row) for row in rows]
     text = json.dumps({"rows": found, "scales": scales(runs)}, indent=2)
     paths = [folder / TABLE_NAME]
-    configs.write_atomically(paths[0], text.encode())
+    storage.write_atomically(paths[0], text.encode())
     runs = [run for run in runs if run.variant.startswith("width_")]
     if runs:
         paths.append(folder / PLOT_NAME)
-        configs.write_atomically(paths[1], _plot(runs))
+        storage.write_atomically(paths[1], _plot(runs))
     return paths
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.training import logs
 
 # In the order of training.
@@ -83,7 +84,7 @@ def read(workdir: Path) -> Quickstart:
         ConfigError: The folder does not exist, holds nothing of a quickstart, or
             a file in it is damaged.
     """
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     if not workdir.is_dir():
         raise configs.ConfigError(
             f"No folder {str(workdir)!r}. Give the workdir of a quickstart, or make "

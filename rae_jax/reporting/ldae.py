@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.reporting import ldae_orderings, ldae_rows, ldae_runs
 from rae_jax.reporting import ldae_scores as scores
 
@@ -108,7 +109,7 @@ def write(folders: Sequence[Path], path: Path) -> None:
     """
     check_format(path)
     text = markdown(folders) if path.suffix == ".md" else _json(folders)
-    configs.write_atomically(path, text.encode())
+    storage.write_atomically(path, text.encode())
 
 
 def check_format(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.reporting import charts, folder, ldae_sheets, markup, page
 from rae_jax.training import checkpoints
 
@@ -21,20 +21,20 @@ def is_run(workdir: Path) -> bool:
     Raises:
         ConfigError: Its config is damaged.
     """
-    if not (Path(workdir) / checkpoints.CONFIG_NAME).is_file():
+    if not (storage.path(workdir) / checkpoints.CONFIG_NAME).is_file():
         return False
-    return folder.read_stage(Path(workdir)).config.get("trainer") == TRAINER
+    return folder.read_stage(storage.path(workdir)).config.get("trainer") == TRAINER
 
 
 def write(workdir: Path, path: Path) -> None:
     """Writes the page of an l-DAE run, whatever of it is there."""
-    configs.write_atomically(Path(path), render(Path(workdir)).encode())
+    storage.write_atomically(storage.path(path), render(storage.path(workdir)).encode())
 
 
 def render(workdir: Path) -> str:
     """Returns the page."""
     run = folder.read_stage(workdir)
-    title = f"l-DAE: {run.config.get('row') or workdir.resolve().name}"
+    title = f"l-DAE: {run.config.get('row') or storage.absolute(workdir).name}"
     header = (
         f"<header>{markup.paragraph('rae_jax l-DAE run', 'kicker')}"
         f"<h1>{markup.escape(title)}</h1>{markup.paragraph(_summary(run), 'lead')}"

@@ -7,12 +7,12 @@ their encoder.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.data import sources
 from rae_jax.reporting import claim_runs
 from rae_jax.training import checkpoints, logs
@@ -119,16 +119,18 @@ def workdirs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    folder = Path(folder)
+    folder = storage.path(folder)
     if not folder.is_dir():
         raise configs.ConfigError(
             f"No folder {str(folder)!r}. Give workdirs of l-DAE, MAE or MoCo v3 runs "
             "and of their probes, or a folder that they lie in."
         )
-    for path, children, files in os.walk(folder):
-        children[:] = sorted(c for c in children if c not in _SKIPPED and c[0] != ".")
-        if checkpoints.CONFIG_NAME in files:
-            yield Path(path).resolve()
+    children, files = storage.names_in(folder)
+    if checkpoints.CONFIG_NAME in files:
+        yield storage.absolute(folder)
+    for name in children:
+        if name not in _SKIPPED and name[0] != ".":
+            yield from _below(folder / name)
 
 
 def _run(path: Path, config: Json) -> Run:
@@ -149,10 +151,9 @@ def _measured_run(
     found: dict[Path, Run], path: Path, content: Json, config: Json
 ) -> Run:
     """Returns the run whose encoder a file is about; reads it if it lies elsewhere."""
-    name = Path(content.get("encoder") or ".")
-    places = [Path(os.path.normpath(path / name)), name.absolute()]
+    name = content.get("encoder") or "."
+    places = [storage.join(path, name), storage.absolute(name)]
     for place in places:
-        place = place.resolve()
         if place in found:
             return found[place]
         if (place / checkpoints.CONFIG_NAME).is_file():

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rae_jax import storage
 from rae_jax.reporting import claim_runs, markup, tiles
 
 NOISE, PATTERNS, DENOISED = "latent_noise.png", "patterns.png", "denoised_levels.png"
@@ -24,7 +25,7 @@ def read(workdir: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is damaged.
     """
-    path = Path(workdir) / LABELS_NAME
+    path = storage.path(workdir) / LABELS_NAME
     return claim_runs.read_json(path) if path.is_file() else {}
 
 
@@ -70,7 +71,7 @@ def denoised(workdir: Path, found: dict[str, Any]) -> str:
 
 
 def _sheet(workdir: Path, found: dict, name: str, title: str, text: str) -> str:
-    labels, path = found.get("labels", {}).get(name), Path(workdir) / name
+    labels, path = found.get("labels", {}).get(name), storage.path(workdir) / name
     if labels is None or not path.is_file():
         return ""
     picture = tiles.load(path)

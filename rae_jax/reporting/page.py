@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.reporting import folder, markup, numbers, pictures, style
 
 TITLE = "Ten photographs, from pixels to samples"
@@ -35,7 +35,7 @@ def write(workdir: Path, path: Path) -> None:
         ConfigError: See `folder.read`.
     """
     html = render(folder.read(workdir))
-    configs.write_atomically(Path(path), html.encode())
+    storage.write_atomically(storage.path(path), html.encode())
 
 
 def render(run: folder.Quickstart) -> str:

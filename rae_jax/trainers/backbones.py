@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.convert import encoder_names
 from rae_jax.models import mae, mocov3, pretrained
 from rae_jax.training import checkpoints, state
@@ -41,7 +42,8 @@ def load(
         ConfigError: The run is of another family or has other sizes.
         CheckpointError: The run has no checkpoint.
     """
-    stored = arguments(configs.read_config(Path(workdir) / checkpoints.CONFIG_NAME))
+    path = storage.path(workdir) / checkpoints.CONFIG_NAME
+    stored = arguments(configs.read_config(path))
     wrong = encoder_names.differences({"name": name} | sizes.to_dict(), stored)
     if wrong:
         raise configs.ConfigError(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.evaluation import features, frechet, generate, quality, reconstruction
 from rae_jax.models import rae
 from rae_jax.reporting import claim_runs
@@ -76,7 +77,7 @@ def _is_measured(
 def _save(run: claim_runs.Run, scores: dict[str, Any]) -> None:
     content = {"num_steps": run.num_steps} | scores
     text = json.dumps(content, indent=2)
-    configs.write_atomically(run.path / claim_runs.SCORES_NAME, text.encode())
+    storage.write_atomically(run.path / claim_runs.SCORES_NAME, text.encode())
 
 
 def _curves(run: claim_runs.Run, batch_size: int) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.evaluation import (
     autoencoding,
     extractors,
@@ -208,7 +209,7 @@ def latent_scores(
             "to measure their distance to real images."
         )
     rows = _open_latents(latents, run.loaded.config)
-    normalised = _latent_stats(latents, stats, run.loaded.config, Path(workdir))
+    normalised = _latent_stats(latents, stats, run.loaded.config, storage.path(workdir))
     references = run.judges.references(networks, keep=True)
     with jax.set_mesh(run.mesh):
         if not references:
@@ -282,7 +283,7 @@ def _latent_stats(path: Path, stats: str, config: ConfigDict, workdir: Path):
     names = set(streaming.array_names(path))
     if not {"mean", "var"} <= names:
         return None
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(storage.local(path), allow_pickle=False) as file:
         found = {name: file[name].astype(np.float32) for name in ("mean", "var")}
     expected = frozen.latent_shape(config.encoder.sizes)
     if any(x.shape != expected for x in found.values()):

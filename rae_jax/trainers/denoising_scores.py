@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.evaluation import quality
 from rae_jax.trainers import denoising_chain, scores
 from rae_jax.trainers import judges as judging
@@ -41,7 +42,7 @@ def run_scores(
     Raises:
         ConfigError: Samples are to be judged, but the run does not generate.
     """
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     config = configs.read_config(workdir / checkpoints.CONFIG_NAME)
     why = denoising_chain.refusal(config)
     judged = bool(judges.reference or judges.inception or judges.encoder)
@@ -70,4 +71,4 @@ def _write(workdir: Path, config: Any, found: dict[str, float]) -> None:
     if gfid:
         head["gfid"] = gfid[0]
     text = json.dumps(head | dict(found), indent=2, sort_keys=True)
-    configs.write_atomically(workdir / RESULT_NAME, text.encode())
+    storage.write_atomically(workdir / RESULT_NAME, text.encode())

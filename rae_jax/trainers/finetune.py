@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.data import loader
 from rae_jax.evaluation import reconstruction
 from rae_jax.losses import mixing
@@ -197,7 +198,7 @@ def _make_evaluate(config: ConfigDict, mesh: Mesh):
             content = {"row": config.row, "tier": config.tier}
             content |= {"encoder": config.encoder.weights} | scores.means()
             text = json.dumps(content, indent=2) + "\n"
-            configs.write_atomically(workdir / RESULT_NAME, text.encode())
+            storage.write_atomically(workdir / RESULT_NAME, text.encode())
         return scores.means()
 
     return evaluate

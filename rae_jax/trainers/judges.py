@@ -6,6 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rae_jax import storage
 from rae_jax.evaluation import (
     extractors,
     features,
@@ -47,7 +48,7 @@ class Judges:
         options = dict(batch_size=self.batch_size, mesh=mesh)
         found = []
         if self.inception:
-            path = Path(self.inception)
+            path = storage.path(self.inception)
             found.append(inception_features.make_extractor(path, **options))
         if self.efflite0:
             found.append(features.make_efflite0(**options))
@@ -66,7 +67,7 @@ class Judges:
         """Reads or measures the reference for each network, by the network's name."""
         if not self.reference:
             return {}
-        path = Path(self.reference)
+        path = storage.path(self.reference)
         return {
             net.name: quality.read_reference(
                 net, path, keep=keep and is_inception(net), progress=progress

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.models import rae
 from rae_jax.trainers import frozen, inputs, latents
 from rae_jax.training import distributed, programs, sharding
@@ -160,11 +161,10 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> programs.Program:
 
     def finish(state: Any, networks: Any, workdir: Path) -> None:
         path = workdir / frozen.STATS_NAME
-        partial = path.with_name(f".partial_{path.name}")
         found = statistics(distributed.to_host(state), config.mode)
         if distributed.is_main():
-            np.savez(partial, **found)
-            partial.replace(path)
+            with storage.writing(path) as file:
+                np.savez(file, **found)
 
     return programs.Program(
         design=run,

@@ -15,6 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.diffusion import schedules
 from rae_jax.evaluation import latent_noise, pictures
 from rae_jax.models import tokenizers
@@ -38,7 +39,7 @@ def draw(workdir: Path) -> bool:
     Raises:
         ValueError, OSError: The run's images are not here.
     """
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     step = checkpoints.finished_step(workdir)
     if step is None:
         return False
@@ -56,7 +57,7 @@ def draw(workdir: Path) -> bool:
     found = {"step": step, "tokenizer": tokenizing.name(config), "labels": labels}
     found |= {"latent_dim": tokenizer.latent_dim, "patch_size": tokenizer.patch_size}
     text = json.dumps(found, indent=2)
-    configs.write_atomically(workdir / ldae_sheets.LABELS_NAME, text.encode())
+    storage.write_atomically(workdir / ldae_sheets.LABELS_NAME, text.encode())
     return True
 
 

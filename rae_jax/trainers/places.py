@@ -1,9 +1,9 @@
 """Where a run's files are, and those that its config names."""
 
-import os
 from pathlib import Path
 
 from rae_jax import config as configs
+from rae_jax import storage
 
 TOKENIZER_NAME = "tokenizer.npz"  # Components of a patch PCA.
 TOKENIZER_FOLDER = "tokenizer"  # All others.
@@ -14,7 +14,7 @@ def folders(workdir: Path) -> list[Path]:
 
     The best state of a run, a workdir within its own, has the files of the run.
     """
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     return [workdir, workdir.parent] if workdir.name == configs.BEST else [workdir]
 
 
@@ -25,5 +25,5 @@ def resolve(path: str, workdir: Path) -> Path:
     can be moved together; failing that, from the current folder. The best state of a
     run, a workdir within its own, has the paths of the run.
     """
-    places = [Path(os.path.normpath(f / path)) for f in folders(workdir)]
-    return next((place for place in places if place.exists()), Path(path))
+    places = [storage.join(folder, path) for folder in folders(workdir)]
+    return next((place for place in places if place.exists()), storage.path(path))

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.data import loader
 from rae_jax.evaluation import neighbours, reconstruction
 from rae_jax.trainers import frozen, inputs, probe_heads
@@ -174,4 +174,4 @@ def _write(
         "knn": knn,
     }
     text = json.dumps(content, indent=2) + "\n"
-    configs.write_atomically(workdir / RESULT_NAME, text.encode())
+    storage.write_atomically(workdir / RESULT_NAME, text.encode())

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.trainers import (
     finetune,
     following,
@@ -95,7 +96,7 @@ def train(
         ConfigError, ValueError: For a config, data or weights that cannot be used.
     """
     started = time.time() if started is None else started
-    workdir = Path(workdir).absolute()
+    workdir = storage.absolute(workdir)
     config = following.follow(config, workdir)
     resuming.check(workdir, config, allow_change)
     mesh = sharding.make_mesh(config.mesh)
@@ -104,7 +105,7 @@ def train(
     with jax.set_mesh(mesh):
         program = trainer(config).build(config, workdir, mesh)
     program = dataclasses.replace(program, flops_per_step=model_flops(config))
-    (workdir / FINISHED_NAME).unlink(missing_ok=True)  # A longer run is not.
+    storage.remove(workdir / FINISHED_NAME)  # A longer run is not.
     distributed.barrier("the first step")
     state = loop.run(
         program,
@@ -115,7 +116,7 @@ def train(
         started=started,
     )
     if jax.process_index() == 0:
-        configs.write_atomically(
+        storage.write_atomically(
             workdir / FINISHED_NAME, str(program.design.num_steps).encode()
         )
     return state

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.evaluation import (
     extractors,
     features,
@@ -43,7 +44,7 @@ def run_scores(workdir: Path) -> dict[str, float]:
     Raises:
         ConfigError: If the run's trainer has no scores.
     """
-    workdir = Path(workdir).absolute()
+    workdir = storage.absolute(workdir)
     config = configs.read_config(workdir / checkpoints.CONFIG_NAME)
     if config.trainer == "rae_decoder":
         return decoder_scores.decoder_scores(workdir).scores
@@ -89,7 +90,7 @@ def generation_scores(
     Raises:
         ValueError: If there are too few training images.
     """
-    generator = generation.load(Path(workdir))
+    generator = generation.load(storage.path(workdir))
     data = generator.config.data
     scale = generator.config.sampling.guidance_scale if scale is None else scale
     labels = generate.balanced_labels(num_samples, generator.num_classes, seed)
@@ -108,7 +109,7 @@ def generation_scores(
         kept[name] = picker.chosen
     for by_name in (measured, kept):
         by_name.setdefault("guided", by_name["samples"])
-    save_pictures(generator, shown, kept, scale, seed, folder or Path(workdir))
+    save_pictures(generator, shown, kept, scale, seed, folder or storage.path(workdir))
     results = {name: quality.compare(m, reference) for name, m in measured.items()}
     found = {f"{net.name}_{name}": r.scores[net.name] for name, r in results.items()}
     counts = {"num_samples": num_samples, "num_reference": reference.count}
@@ -163,7 +164,7 @@ def generation_quality(
             "VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 pixels, or your own "
             "training images, a folder or packed by `rae-jax prepare --pack`."
         )
-    generator = generation.load(Path(workdir))
+    generator = generation.load(storage.path(workdir))
     scale = generator.config.sampling.guidance_scale if scale is None else scale
     labels = generate.balanced_labels(num_samples, generator.num_classes, seed)
     references = judges.references(networks, keep=True)

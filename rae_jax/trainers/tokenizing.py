@@ -6,7 +6,6 @@ that are not components is measured on training images, too.
 """
 
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.data import loader
 from rae_jax.layers import patches
 from rae_jax.models import tokenizers
@@ -87,7 +87,7 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Tokenizer:
         FileNotFoundError: They are not there.
     """
     check(config)
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     # Without a checkpoint the files may be those of another config, tried before.
     is_missing = checkpoints.finished_step(workdir) is None or not _file(
         workdir, config
@@ -112,7 +112,7 @@ def load(workdir: Path, config: ConfigDict) -> Tokenizer:
     Raises:
         ConfigError: There is none yet.
     """
-    block, path = config.tokenizer, _file(Path(workdir), config)
+    block, path = config.tokenizer, _file(storage.path(workdir), config)
     if path is None:
         raise configs.ConfigError(
             f"{workdir} holds no fitted tokenizer ({name(config)!r}): it is made "
@@ -123,7 +123,7 @@ def load(workdir: Path, config: ConfigDict) -> Tokenizer:
         components = tokenizers.load_components(path)
         _check_components(path, components, block)
         return tokenizers.make_pca(components, block.latent_dim, block.norm)
-    with np.load(path) as file:
+    with np.load(storage.local(path)) as file:
         scale = tokenizers.latent_scale(block.norm, file["mean"], file["var"])
     if name(config) == "pixels":
         return tokenizers.make_pixels(block.patch_size, scale)
@@ -185,9 +185,9 @@ def measure(
 
 def _file(workdir: Path, config: ConfigDict) -> Path | None:
     """Returns the file that tells that a run's tokenizer is there, if it is."""
-    last = Path(places.TOKENIZER_FOLDER) / MOMENTS_NAME
-    wanted = places.TOKENIZER_NAME if name(config) == "pca" else last
-    found = (folder / wanted for folder in places.folders(workdir))
+    last = (places.TOKENIZER_FOLDER, MOMENTS_NAME)
+    wanted = (places.TOKENIZER_NAME,) if name(config) == "pca" else last
+    found = (folder.joinpath(*wanted) for folder in places.folders(workdir))
     return next((path for path in found if path.is_file()), None)
 
 
@@ -207,7 +207,6 @@ def _store_components(config: ConfigDict, workdir: Path) -> None:
         _check_components(path, components, config.tokenizer)
     else:
         components = fit_pca(config)
-    workdir.mkdir(parents=True, exist_ok=True)
     tokenizers.save_components(workdir / places.TOKENIZER_NAME, components)
 
 
@@ -241,14 +240,10 @@ def _store_network(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if not distributed.is_main():
         return
     folder = workdir / places.TOKENIZER_FOLDER
-    partial_folder = workdir / f".{places.TOKENIZER_FOLDER}.partial"
-    for old in (folder, partial_folder):
-        shutil.rmtree(old, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    if network is not None:
-        network.save_pretrained(partial_folder)
-    np.savez(partial_folder / MOMENTS_NAME, **found)
-    partial_folder.rename(folder)
+    with storage.writing_folder(folder, MOMENTS_NAME) as partial_folder:
+        if network is not None:
+            network.save_pretrained(partial_folder)
+        np.savez(partial_folder / MOMENTS_NAME, **found)
 
 
 def _moments(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.convert import (
     hub,
     kl_names,
@@ -175,7 +176,7 @@ def open_run(
         CheckpointError: There is no checkpoint yet.
         ValueError: The run has trained nothing of this kind.
     """
-    config = configs.read_config(Path(workdir) / checkpoints.CONFIG_NAME)
+    config = configs.read_config(storage.path(workdir) / checkpoints.CONFIG_NAME)
     part = part or USUAL_PARTS.get(config.trainer, "ema")
     if part not in PARTS:
         raise ValueError(configs.suggest(part, list(PARTS), "part of a run"))
@@ -196,7 +197,7 @@ def open_run(
             f"{workdir} is a run of {config.trainer!r}, which gives "
             f"{' or '.join(openers)}, not {kind}."
         )
-    return openers[kind](config, Path(workdir), part, dict(overrides))
+    return openers[kind](config, storage.path(workdir), part, dict(overrides))
 
 
 def _open_trained(

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.training import checkpoints, logs
 
 RECORD_NAME = "best.json"
@@ -18,7 +19,7 @@ HIGHER = ("psnr", "ssim", "inception_score", "precision", "recall", "accuracy", 
 
 def folder(workdir: Path) -> Path:
     """Returns the workdir of a run's best state."""
-    return Path(workdir) / configs.BEST
+    return storage.path(workdir) / configs.BEST
 
 
 class Best:
@@ -37,7 +38,7 @@ class Best:
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, metric: str):
-        self.workdir, self.config, self.metric = Path(workdir), config, metric
+        self.workdir, self.config, self.metric = storage.path(workdir), config, metric
         self._checkpoints: checkpoints.Checkpoints | None = None
         self.record = self._read()
 
@@ -69,7 +70,7 @@ class Best:
             path = folder(self.workdir) / checkpoints.CONFIG_NAME
             configs.save_config(self.config, path)
             text = json.dumps(self.record, indent=2)
-            configs.write_atomically(self.workdir / RECORD_NAME, text.encode())
+            storage.write_atomically(self.workdir / RECORD_NAME, text.encode())
         logs.note(f"Best {self.metric} so far: {value:.6g} at step {step}.")
         return True
 

@@ -1,13 +1,12 @@
 """Checkpoints of {state, data position}, and parameters for those who come after.
 
 A workdir holds `config.json` and `checkpoints/STEP/`. Orbax writes a step under a
-temporary name and renames it when it is complete, so a killed run leaves either the old
-newest step or the new one. Checksums of all arrays lie beside
-them; a checkpoint that does not agree with its own is passed over.
+temporary name and renames it when it is complete, or in a bucket says so by a last
+file, so a killed run leaves either the old newest step or the new one. Checksums of all
+arrays lie beside them; a checkpoint that does not agree with its own is passed over.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rae_jax.training import distributed, integrity, logs
+from rae_jax import storage
+from rae_jax.training import buckets, distributed, integrity, logs
 
 CONFIG_NAME = "config.json"
 FOLDER = "checkpoints"
@@ -47,6 +47,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=keep is not None,
             read_only=keep is None,
+            temporary_path_class=buckets.temporary_path_class(workdir),
         )
         self._reads_only, self._failed = keep is None, False
         self._folder = folder(workdir)
@@ -164,8 +165,8 @@ class Checkpoints:
     def _remove_parts(self) -> None:
         """Gives back the space of what could not be written to its end."""
         if jax.process_index() == 0:
-            for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
+            for part in _unfinished(self._folder):
+                storage.remove_tree(part)
 
     def _verify_share(self, step: int) -> None:
         """Reads the arrays that fall to this process, one at a time."""
@@ -189,17 +190,17 @@ class Checkpoints:
         """Moves checkpoints out of the way, since their steps will come again."""
         if jax.process_index() == 0:
             target = self._folder.parent / DAMAGED
-            target.mkdir(exist_ok=True)
             for step in steps:
-                shutil.rmtree(target / str(step), ignore_errors=True)
-                (self._folder / str(step)).rename(target / str(step))
+                storage.move_tree(self._folder / str(step), target / str(step))
         distributed.barrier("moving damaged checkpoints")
         self._manager.reload()
 
 
 def folder(workdir: Path) -> Path:
     """Returns the folder of a run's checkpoints."""
-    return Path(workdir).absolute() / FOLDER
+    workdir = storage.absolute(workdir)
+    buckets.prepare(workdir)
+    return workdir / FOLDER
 
 
 def finished_step(workdir: Path) -> int | None:
@@ -229,8 +230,16 @@ def load_params(workdir: Path, path: tuple[str, ...] = ("ema_params",)) -> Any:
 
 
 def _steps(root: Path) -> list[int]:
-    found = [p for p in root.iterdir() if p.name.isdigit()] if root.is_dir() else []
-    return sorted(int(p.name) for p in found if p.is_dir())
+    found = storage.names_in(root)[0] if root.is_dir() else []
+    steps = sorted(int(name) for name in found if name.isdigit())
+    return [step for step in steps if buckets.is_committed(root / str(step))]
+
+
+def _unfinished(root: Path) -> list[Path]:
+    """Returns what was begun to be written and is not complete."""
+    found = [root / name for name in storage.names_in(root)[0]]
+    temporary = [path for path in found if ".orbax-checkpoint-tmp" in path.name]
+    return temporary + [path for path in found if not buckets.is_committed(path)]
 
 
 def _newest(

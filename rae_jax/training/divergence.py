@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.training import distributed
 
 NORMS = "grad_norms"  # A metric that is not a scalar: see `group_norms`.
@@ -96,9 +96,9 @@ class Recorder:
         if params is not None:
             content["param_norms"] = self._named(jax.jit(group_norms)(params))
         number = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = Path(workdir) / f"divergence{number}.json"
+        path = storage.path(workdir) / f"divergence{number}.json"
         text = json.dumps(_readable(content), indent=2, allow_nan=False)
-        configs.write_atomically(path, text.encode())
+        storage.write_atomically(path, text.encode())
         return path
 
     def _named(self, norms: Any) -> dict[str, float]:

@@ -19,7 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rae_jax import config as configs
+from rae_jax import storage
+from rae_jax.training import spool
 
 METRICS_NAME = "metrics.jsonl"
 SKIPS_NAME = "skips_in_a_row"
@@ -55,16 +56,22 @@ class MetricsLog:
         self._writer = None
         if not self._main:
             return
-        path = Path(workdir) / METRICS_NAME
         kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
         lines = "".join(json.dumps(r) + "\n" for r in kept)
-        configs.write_atomically(path, lines.encode())
+        self._spool = spool.Spool(storage.path(workdir))
+        path = self._spool.folder / METRICS_NAME
+        storage.write_atomically(path, lines.encode())
         self._file = path.open("a")
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            folder = Path(workdir) / "tensorboard"
-            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+            folder = self._spool.folder / "tensorboard"
+            # The suffix tells files that begin in the same second apart.
+            self._writer = SummaryWriter(
+                str(folder),
+                purge_step=start_step + 1,
+                filename_suffix=f".{start_step}",
+            )
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one line of scalars."""
@@ -80,20 +87,31 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, float(value), step)
+        self._spool.grown()
+
+    def sync(self) -> None:
+        """Brings what is written where the run's other files are."""
+        if self._main:
+            self._complain(self._spool.sync())
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        if self._main:
-            self._file.close()
         if self._writer is not None:
             self._writer.close()
+        if self._main:
+            self._file.close()
+            self._complain(self._spool.close())
+
+    def _complain(self, problem: str) -> None:
+        if problem:
+            warn(f"The log is incomplete: {problem}")
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """Reads the scalars of a run; a line cut short by a kill is passed over."""
-    path = Path(workdir) / METRICS_NAME
+    path = storage.path(workdir) / METRICS_NAME
     records = []
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         try:
             records.append(json.loads(line))

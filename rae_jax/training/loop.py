@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rae_jax import storage
 from rae_jax.data import loader
 from rae_jax.training import (
     best,
@@ -56,7 +57,7 @@ def run(
             is in `divergence.json`.
         Interrupted: After a SIGINT or SIGTERM and a last checkpoint.
     """
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     resuming.check(workdir, config, allow_change)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -210,6 +211,7 @@ class _Run:
         if self._due(step, "checkpoint") or stopping:
             self._settle()
             with self.watchdog.longer("the checkpoint"):
+                self.log.sync()
                 self.checkpoints.save(step, state, self._position())
         return stopping
 

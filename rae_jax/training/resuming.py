@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
+from rae_jax import storage
 from rae_jax.training import checkpoints, logs
 
 # Keys or blocks that do not make it another run.
@@ -39,7 +40,7 @@ def check(
     for key in allowed:
         if not any(_within(name, key) for name in known):
             raise configs.ConfigError(configs.suggest(key, list(known), "config key"))
-    path = Path(workdir) / checkpoints.CONFIG_NAME
+    path = storage.path(workdir) / checkpoints.CONFIG_NAME
     if not path.is_file() or checkpoints.finished_step(workdir) is None:
         return {}
     old = configs.read_config(path)
@@ -68,7 +69,7 @@ def store(workdir: Path, config: ConfigDict, allowed: Sequence[str] = ()) -> Non
         lines = "\n  ".join(changes.values())
         logs.note(f"The run goes on with a changed config:\n  {lines}")
     if jax.process_index() == 0:
-        configs.save_config(config, Path(workdir) / checkpoints.CONFIG_NAME)
+        configs.save_config(config, storage.path(workdir) / checkpoints.CONFIG_NAME)
 
 
 def same(stored: ConfigDict, config: ConfigDict) -> bool:

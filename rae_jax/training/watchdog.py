@@ -8,17 +8,20 @@ import contextlib
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+from rae_jax import storage
 from rae_jax.training import interrupts
 
 STACKS_NAME = "stacks.txt"
 # What compiles, evaluates or writes takes longer than a step.
 ALLOWANCE = 20
+_PATIENCE = 20.0  # Seconds for writing the stacks.
 
 
 class Watchdog:
@@ -34,7 +37,7 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float, workdir: Path):
-        self.seconds, self.workdir = seconds, Path(workdir)
+        self.seconds, self.workdir = seconds, storage.path(workdir)
         self._limit = seconds * ALLOWANCE
         self._last, self._what = time.monotonic(), "starting"
         self._end = threading.Event()
@@ -78,10 +81,23 @@ class Watchdog:
             "checkpoint. Where its threads are:\n"
         )
         try:
-            with (self.workdir / STACKS_NAME).open("w") as file:
+            # Not where the run's files are: that may be what hangs.
+            with tempfile.TemporaryFile("w+") as file:
                 for output in (sys.__stderr__, file):
                     if output is not None:
                         print(text, file=output, flush=True)
                         faulthandler.dump_traceback(output, all_threads=True)
+                file.seek(0)
+                self._store(file.read())
         finally:
             os._exit(interrupts.EXIT_HANGING)
+
+    def _store(self, text: str) -> None:
+        """Writes the stacks, unless that hangs too."""
+        path = self.workdir / STACKS_NAME
+        arguments = (path, text.encode())
+        store = threading.Thread(
+            target=storage.write_atomically, args=arguments, daemon=True
+        )
+        store.start()
+        store.join(_PATIENCE)
