@@ -7,6 +7,7 @@ read or write files of a disk alone get one.
 """
 
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import importlib.util
@@ -185,14 +186,18 @@ def read_bytes(file: Path) -> bytes:
         return system.cat_file(key, **options)
 
 
-def local(name: str | os.PathLike[str]) -> Path:
+def local(name: str | os.PathLike[str], allow: Sequence[str] = ("*",)) -> Path:
     """Returns a file or folder on a disk with the content of `name`.
 
     That of a bucket is copied once to a cache (`RAE_CACHE`, default ~/.cache/rae_jax)
     and again when it has changed.
 
+    Args:
+        name: The file or folder.
+        allow: Patterns of the names of files that a folder is wanted for.
+
     Raises:
-        FileNotFoundError: There is no such file or folder.
+        FileNotFoundError: There is no such file or folder, or it has no such file.
         OSError: The disk has no room for it, or the bucket cannot be read.
     """
     source = path(name)
@@ -201,6 +206,7 @@ def local(name: str | os.PathLike[str]) -> Path:
     system, key = _system(source)
     with _errors_naming(source):
         found = system.find(key, detail=True)
+        found = {n: x for n, x in found.items() if n == key or _matches(n, allow)}
         if not found:
             raise FileNotFoundError(f"{source} does not exist.")
     copy, size = _place(source, key, found)
@@ -346,6 +352,10 @@ def _errors_naming(address: Path) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise OSError(f"{address} cannot be read or written: {reason}") from error
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(os.path.basename(name), p) for p in patterns)
 
 
 def _facts(root: str, name: str, info: dict[str, Any]) -> tuple[str, int, str]:

@@ -131,3 +131,28 @@ def test_absolute_names_stand_alone(tmp_path):
     assert storage.join(storage.path("gs://bucket/x"), str(tmp_path)) == tmp_path
     assert storage.absolute("x") == Path.cwd() / "x"
     assert str(storage.absolute("gs://bucket/x")) == "gs://bucket/x"
+
+
+def test_of_a_folder_only_what_is_wanted_is_copied(bucket):
+    folder = storage.path(bucket) / "run"
+    for name in ("config.json", "model.npz", "checkpoints/3/state/d/array"):
+        storage.write_atomically(folder / name, b"x")
+    copy = storage.local(folder, ("*.json", "*.npz"))
+    assert storage.files_below(copy) == ["config.json", "model.npz"]
+    assert len(storage.files_below(storage.local(folder))) == 3
+    with pytest.raises(FileNotFoundError, match="run does not exist"):
+        storage.local(folder, ("*.pt",))
+
+
+def test_folders_are_whole_where_they_cannot_be_renamed(folder):
+    storage.write_atomically(folder / "parts" / "old", b"")
+    with pytest.raises(RuntimeError), storage.writing_folder(folder / "parts", "z"):
+        raise RuntimeError
+    assert storage.files_below(folder / "parts") == ["old"]
+    with storage.writing_folder(folder / "parts", "a") as here:
+        (here / "a").write_bytes(b"1")
+        (here / "b").write_bytes(b"2")
+    assert storage.files_below(folder / "parts") == ["a", "b"]
+    with storage.filling(folder / "parts") as here:
+        (here / "c").write_bytes(b"3")
+    assert storage.files_below(folder / "parts") == ["a", "b", "c"]

@@ -33,7 +33,7 @@ def locate(source: str | os.PathLike[str], *, allow: Sequence[str]) -> pathlib.P
             command that downloads it.
     """
     if storage.is_bucket(source):
-        return storage.local(source)
+        return storage.local(source, allow)
     local = pathlib.Path(source).expanduser()
     if local.exists():
         return local

@@ -82,7 +82,7 @@ def open_source(
     if source in published.AUTOENCODERS and kind in (None, "autoencoder"):
         model = rae.RAE.from_pretrained(source, **overrides)
         return conversion.from_model(model, kinds.OFFICIAL)
-    path = hub.locate(published.SOURCES.get(source, source), allow=FILES)
+    path = _locate(source)
     if is_run(path):
         return open_run(path, kind, part, overrides)
     return conversion.open_weights(path, kind, part, overrides)
@@ -143,12 +143,20 @@ def is_kl(source: str | os.PathLike) -> bool:
     source = os.fspath(source)
     if source in published.AUTOENCODERS:
         return False
-    path = hub.locate(published.SOURCES.get(source, source), allow=FILES)
+    path = _locate(source)
     settings = pretrained.read_config(path)
     if settings:
         name = autoencoder_kl.AutoencoderKL.__name__
         return kl_names.is_settings(settings) or settings.get("class") == name
     return kl_names.MARK in sources.open_tensors(path).shapes
+
+
+def _locate(source: str) -> Path:
+    """Returns where weights are on this machine; a run in a bucket stays there."""
+    source = published.SOURCES.get(source, source)
+    if storage.is_bucket(source) and is_run(storage.path(source)):
+        return storage.path(source)
+    return hub.locate(source, allow=FILES)
 
 
 def is_run(path: Path) -> bool:
