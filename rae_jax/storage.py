@@ -2,28 +2,22 @@
 
 On a disk a path is a `pathlib.Path`; in a bucket it is an `etils.epath.Path`, which has
 the same methods. Both are annotated as `Path`. What a path alone cannot do the same way
-in both places is here: files appear under their names complete, and libraries that
-read or write files of a disk alone get one.
+in both places is here, such as files that appear under their names complete. See
+`copies` for libraries that read disks alone.
 """
 
 import contextlib
-import fnmatch
 import functools
-import hashlib
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent import futures
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 SCHEMES = {"gs://": "gcsfs", "s3://": "s3fs"}
 EXTRAS = {"gs://": "gcs", "s3://": "s3"}
-_LARGE = 2**30  # Bytes whose copying is worth a line.
-_COPIES = 8  # Files that are copied at a time.
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -145,10 +139,10 @@ def upload(file: Path, target: Path) -> None:
     Raises:
         OSError: The bucket cannot be written.
     """
-    system, key = _system(target)
+    files, key = system(target)
     try:
-        with _errors_naming(target):
-            system.put_file(os.fspath(file), key)
+        with errors_naming(target):
+            files.put_file(os.fspath(file), key)
     except FileNotFoundError:
         raise FileNotFoundError(f"{target}: there is no such bucket.") from None
 
@@ -161,10 +155,10 @@ def kind(name: Path) -> str:
     """
     if not is_bucket(name):
         return "folder" if name.is_dir() else "file" if name.exists() else ""
-    system, key = _system(name)
+    files, key = system(name)
     try:
-        with _errors_naming(name):
-            found = system.info(key)["type"]
+        with errors_naming(name):
+            found = files.info(key)["type"]
     except FileNotFoundError:
         return ""
     return "folder" if found == "directory" else "file"
@@ -179,72 +173,11 @@ def read_bytes(file: Path) -> bytes:
     """
     if not is_bucket(file):
         return file.read_bytes()
-    system, key = _system(file)
+    files, key = system(file)
     # Otherwise s3fs asks for the size first.
     options = {"max_concurrency": 1} if os.fspath(file).startswith("s3") else {}
-    with _errors_naming(file):
-        return system.cat_file(key, **options)
-
-
-def local(name: str | os.PathLike[str], allow: Sequence[str] = ("*",)) -> Path:
-    """Returns a file or folder on a disk with the content of `name`.
-
-    That of a bucket is copied once to a cache (`RAE_CACHE`, default ~/.cache/rae_jax)
-    and again when it has changed.
-
-    Args:
-        name: The file or folder.
-        allow: Patterns of the names of files that a folder is wanted for.
-
-    Raises:
-        FileNotFoundError: There is no such file or folder, or it has no such file.
-        OSError: The disk has no room for it, or the bucket cannot be read.
-    """
-    source = path(name)
-    if not is_bucket(source):
-        return source
-    system, key = _system(source)
-    with _errors_naming(source):
-        found = system.find(key, detail=True)
-        found = {n: x for n, x in found.items() if n == key or _matches(n, allow)}
-        if not found:
-            raise FileNotFoundError(f"{source} does not exist.")
-    copy, size = _place(source, key, found)
-    _copy(source, copy, sorted(found), size)
-    return copy
-
-
-def local_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Returns files of one folder as `local` does, several copied at a time.
-
-    Raises:
-        FileNotFoundError: One of them does not exist.
-        OSError: The disk has no room for all, or the bucket cannot be read.
-    """
-    if not is_bucket(folder):
-        return [folder / name for name in names]
-    system, key = _system(folder)
-    with _errors_naming(folder):
-        found = system.find(key, detail=True)
-    copies = []
-    for name in names:
-        file = f"{key}/{name}"
-        if file not in found:
-            raise FileNotFoundError(f"{folder / name} does not exist.")
-        copy, size = _place(folder / name, file, {file: found[file]})
-        copies.append((folder / name, copy, [file], size))
-    _check_room(folder, sum(size for _, copy, _, size in copies if not copy.exists()))
-    with futures.ThreadPoolExecutor(_COPIES) as pool:
-        list(pool.map(lambda copy: _copy(*copy), copies))
-    return [copy for _, copy, _, _ in copies]
-
-
-def cache() -> Path:
-    """Returns the folder for what can be fetched or made again."""
-    default = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(
-        os.environ.get("RAE_CACHE") or os.path.join(default, "rae_jax")
-    ).expanduser()
+    with errors_naming(file):
+        return files.cat_file(key, **options)
 
 
 def remove(file: Path) -> None:
@@ -252,9 +185,9 @@ def remove(file: Path) -> None:
     if not is_bucket(file):
         file.unlink(missing_ok=True)
         return
-    system, key = _system(file)
-    with contextlib.suppress(FileNotFoundError), _errors_naming(file):
-        system.rm_file(key)
+    files, key = system(file)
+    with contextlib.suppress(FileNotFoundError), errors_naming(file):
+        files.rm_file(key)
 
 
 def remove_tree(folder: Path) -> None:
@@ -262,9 +195,9 @@ def remove_tree(folder: Path) -> None:
     if not is_bucket(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    system, key = _system(folder)
-    with contextlib.suppress(FileNotFoundError), _errors_naming(folder):
-        system.rm(key, recursive=True)
+    files, key = system(folder)
+    with contextlib.suppress(FileNotFoundError), errors_naming(folder):
+        files.rm(key, recursive=True)
 
 
 def move_tree(folder: Path, target: Path) -> None:
@@ -274,20 +207,20 @@ def move_tree(folder: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
         return
-    system, _ = _system(folder)
+    files, _ = system(folder)
     for name in files_below(folder):
-        with _errors_naming(folder / name):
-            system.cp_file(_system(folder / name)[1], _system(target / name)[1])
+        with errors_naming(folder / name):
+            files.cp_file(system(folder / name)[1], system(target / name)[1])
     remove_tree(folder)
 
 
 def files_below(folder: Path) -> list[str]:
     """Returns all files of a folder and its folders, relative to it, sorted."""
     if is_bucket(folder):
-        system, key = _system(folder)
-        with _errors_naming(folder):
+        files, key = system(folder)
+        with errors_naming(folder):
             # An empty object with the name of a folder is how some tools make one.
-            found = (name[len(key) :].lstrip("/") for name in system.find(key))
+            found = (name[len(key) :].lstrip("/") for name in files.find(key))
             return sorted(name for name in found if name and not name.endswith("/"))
     return sorted(
         os.path.relpath(os.path.join(root, name), folder)
@@ -299,9 +232,9 @@ def files_below(folder: Path) -> list[str]:
 def names_in(folder: Path) -> tuple[list[str], list[str]]:
     """Returns the names of the folders and of the files in a folder, sorted."""
     if is_bucket(folder):
-        system, key = _system(folder)
-        with _errors_naming(folder):
-            infos = [info for info in system.ls(key, detail=True)]
+        files, key = system(folder)
+        with errors_naming(folder):
+            infos = [info for info in files.ls(key, detail=True)]
         entries = [
             (os.path.basename(info["name"].rstrip("/")), info["type"] == "directory")
             for info in infos
@@ -334,7 +267,7 @@ def _prepare(scheme: str) -> None:
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
 
 
-def _system(address: Path) -> tuple[Any, str]:
+def system(address: Path) -> tuple[Any, str]:
     """Returns the file system of an address, and what it calls the path."""
     import fsspec
 
@@ -343,7 +276,7 @@ def _system(address: Path) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _errors_naming(address: Path) -> Iterator[None]:
+def errors_naming(address: Path) -> Iterator[None]:
     """Turns what the libraries of buckets raise into OSErrors with the address."""
     try:
         yield
@@ -352,57 +285,3 @@ def _errors_naming(address: Path) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise OSError(f"{address} cannot be read or written: {reason}") from error
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(os.path.basename(name), p) for p in patterns)
-
-
-def _facts(root: str, name: str, info: dict[str, Any]) -> tuple[str, int, str]:
-    """What tells one content of a file in a bucket from another."""
-    marks = [info.get(key) for key in ("generation", "ETag", "etag", "md5Hash")]
-    mark = next((str(value) for value in marks if value), str(info.get("mtime")))
-    return name[len(root) :], int(info.get("size") or 0), mark
-
-
-def _place(
-    source: Path, root: str, found: dict[str, dict[str, Any]]
-) -> tuple[Path, int]:
-    """Returns where the cache keeps a file or folder, and its size."""
-    facts = sorted(_facts(root, name, info) for name, info in found.items())
-    digest = hashlib.sha256(f"{source} {facts}".encode()).hexdigest()[:20]
-    place = cache() / "files" / digest / source.name
-    return place, sum(fact[1] for fact in facts)
-
-
-def _check_room(source: Path, size: int) -> None:
-    """Refuses a copy that the disk has no room for, and announces a large one."""
-    cache().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache()).free
-    if free < size:
-        raise OSError(
-            f"{source} has {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
-            f"free in {cache()}. Make room or set RAE_CACHE to another disk."
-        )
-    if size > _LARGE:
-        text = f"copying {size / 1e9:.1f} GB from {source} to {cache()}"
-        print(text, file=sys.stderr, flush=True)
-
-
-def _copy(source: Path, copy: Path, names: list[str], size: int) -> None:
-    import filelock
-
-    system, key = _system(source)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(copy.parent / ".lock"):  # Processes of one machine.
-        if copy.exists():
-            return
-        _check_room(source, size)
-        partial = copy.parent / "partial"
-        for name in names:
-            target = partial / os.path.relpath(name, key)
-            target = partial if name == key else target
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _errors_naming(source):
-                system.get_file(name, os.fspath(target))
-        os.replace(partial, copy)

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "rae_jax"
 LEVELS = {
     "storage": -1,
     "rae_jax": 0,
+    "copies": 0,
     "config": 0,
     "blocks": 0,
     "layers": 1,

@@ -5,6 +5,8 @@ import itertools
 import os
 import pickle
 import shutil
+import threading
+import time
 from concurrent import futures
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 from rae_jax import storage
 from rae_jax.commands import prepare
 from rae_jax.data import images, latents, loader, records, sources, transforms
-from rae_jax.trainers import latent_cache
+from rae_jax.trainers import inputs, latent_cache
 from rae_jax.training import sharding
 
 CLASSES = ("ant", "bee", "cow")
@@ -51,7 +53,7 @@ def shards(folder, tmp_path_factory):
 @pytest.fixture
 def requests(bucket, monkeypatch):
     """Counts what is asked of the bucket, in a list that grows."""
-    system = type(storage._system(storage.path(bucket))[0])
+    system = type(storage.system(storage.path(bucket))[0])
     name = "_call" if bucket.startswith("gs") else "_call_s3"
     call, made = getattr(system, name), []
 
@@ -165,7 +167,7 @@ def test_errors_are_those_of_the_disk_with_the_address(folder, bucket, tmp_path)
 
 def test_empty_folders_are_told(bucket):
     """Some tools make a folder as an empty object; a bucket is a folder itself."""
-    system, key = storage._system(storage.path(bucket))
+    system, key = storage.system(storage.path(bucket))
     assert f"{bucket}: " in complaint("flat_folder", bucket)
     system.pipe_file(f"{key}/empty/", b"")
     for name in ("class_folder", "flat_folder"):
@@ -333,3 +335,39 @@ def test_worker_processes_read_buckets(folder, shards, make_bucket, kind, source
 def test_names_of_a_home_are_resolved(folder, monkeypatch):
     monkeypatch.setenv("HOME", os.fspath(folder.parent))
     assert len(sources.make_source("class_folder", path="~")) == 12
+
+
+class Slow:
+    """Images that take a while to come; remembers how many came at a time."""
+
+    class_names, num_classes, waits = ("image",), 1, True
+
+    def __init__(self):
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.02)
+        with self.lock:
+            self.now -= 1
+        return {"image": np.zeros((8, 8, 3), np.uint8), "label": 0, "name": ""}
+
+
+def test_more_is_asked_for_where_answers_take_time(monkeypatch):
+    monkeypatch.setattr(loader.os, "cpu_count", lambda: 1)
+    most = []
+    for source in (Slow(), inputs.Subset(Slow(), np.arange(64)), Slow()):
+        inner = getattr(source, "_source", source)
+        inner.waits = len(most) < 2
+        with loader.train_batches(
+            source, transforms.make_transform("none", 8), batch_size=4, seed=0
+        ) as batches:
+            for _ in itertools.islice(batches, 12):
+                pass
+        most.append(inner.most)
+    assert min(most[:2]) > 4 and most[2] <= 2

@@ -7,7 +7,7 @@ import pytest
 import toy_run
 from toy_run import assert_equal, train
 
-from rae_jax import main, storage
+from rae_jax import copies, main, storage
 from rae_jax.training import best, buckets, checkpoints, logs, spool
 
 pytestmark = [
@@ -76,7 +76,7 @@ def test_a_run_may_move_into_a_bucket_and_back(workdir, trained, tmp_path):
     assert checkpoints.finished_step(workdir) == 3
     found = train(workdir, config=dict(num_steps=4))
     assert steps(workdir) == [1, 2, 3, 4]
-    shutil.copytree(storage.local(workdir), tmp_path / "back")
+    shutil.copytree(copies.local(workdir), tmp_path / "back")
     assert_equal(train(tmp_path / "back", config=dict(num_steps=4)), found)
     wanted = train(tmp_path / "disk", config=dict(num_steps=4))
     assert_equal(found, wanted)
@@ -142,9 +142,9 @@ def test_runs_in_a_bucket_are_sampled_and_measured(runs, bucket, capsys):
     out = storage.path(bucket) / "samples.npz"
     assert main.main([*words, "--out", str(out)]) == 0
     local = ["sample", str(runs / "latent_diffusion"), *words[2:]]
-    here = storage.cache() / "here.npz"
+    here = copies.cache() / "here.npz"
     assert main.main([*local, "--out", str(here)]) == 0
-    with np.load(storage.local(out)) as a, np.load(here) as b:
+    with np.load(copies.local(out)) as a, np.load(here) as b:
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
     assert main.main([*words, "--out", str(out)]) == 0
     assert "4 were there" in capsys.readouterr().out

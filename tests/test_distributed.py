@@ -11,7 +11,7 @@ import numpy as np
 import process_run
 import pytest
 
-from rae_jax import storage
+from rae_jax import copies, storage
 from rae_jax.training import distributed, logs
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def test_two_processes_share_a_bucket(bucket, two):
     workdir = storage.path(bucket) / "two"
     run_together(2, str(ROOT / "tests" / "process_run.py"), str(workdir))
     with (
-        np.load(storage.local(workdir / "params.npz")) as found,
+        np.load(copies.local(workdir / "params.npz")) as found,
         np.load(two[0] / "params.npz") as wanted,
     ):
         assert set(found) == set(wanted)

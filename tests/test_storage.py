@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rae_jax import storage
+from rae_jax import copies, storage
 
 
 @pytest.fixture(params=["disk", "gs", "s3"])
@@ -26,7 +26,7 @@ def test_a_file_appears_when_it_is_complete(folder):
         raise RuntimeError
     assert target.read_bytes() == b"first"
     storage.write_atomically(target, b"third")
-    assert storage.local(target).read_bytes() == b"third"
+    assert copies.local(target).read_bytes() == b"third"
     assert storage.names_in(folder / "a") == ([], ["file.npz"])
 
 
@@ -35,7 +35,7 @@ def test_folders_are_listed_moved_and_deleted(folder):
         storage.write_atomically(folder / name, name.encode())
     assert storage.names_in(folder) == (["b"], ["one"])
     assert storage.files_below(folder) == ["b/c/three", "b/two", "one"]
-    assert (storage.local(folder / "b") / "c" / "three").read_bytes() == b"b/c/three"
+    assert (copies.local(folder / "b") / "c" / "three").read_bytes() == b"b/c/three"
     storage.write_atomically(folder / "moved" / "old", b"")
     storage.move_tree(folder / "b", folder / "moved")
     assert storage.files_below(folder) == ["moved/c/three", "moved/two", "one"]
@@ -57,39 +57,39 @@ def test_files_of_a_folder_are_copied_together(folder, monkeypatch):
     names = [f"b/{k}" for k in range(5)]
     for name in names:
         storage.write_atomically(folder / name, name.encode())
-    found = storage.local_files(folder, names[1:])
+    found = copies.local_files(folder, names[1:])
     assert [file.read_bytes() for file in found] == [n.encode() for n in names[1:]]
-    assert found == [storage.local(folder / name) for name in names[1:]]
+    assert found == [copies.local(folder / name) for name in names[1:]]
     if storage.is_bucket(folder):
         with pytest.raises(FileNotFoundError, match="b/9 does not exist"):
-            storage.local_files(folder, ["b/0", "b/9"])
+            copies.local_files(folder, ["b/0", "b/9"])
         usage = types.SimpleNamespace(free=5)  # Enough for each, not for all.
-        monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(copies.shutil, "disk_usage", lambda path: usage)
         storage.write_atomically(folder / "b" / "1", b"new")
         with pytest.raises(OSError, match="RAE_CACHE"):
-            storage.local_files(folder, names[:2])
-        assert storage.local_files(folder, names[2:]) == found[1:]
+            copies.local_files(folder, names[:2])
+        assert copies.local_files(folder, names[2:]) == found[1:]
 
 
 def test_a_copy_follows_its_original(bucket):
     target = storage.path(f"{bucket}/file")
     storage.write_atomically(target, b"one")
-    first = storage.local(target)
-    assert storage.local(target) == first and first.parent.parent.parent.is_dir()
+    first = copies.local(target)
+    assert copies.local(target) == first and first.parent.parent.parent.is_dir()
     storage.write_atomically(target, b"two")
-    assert storage.local(target).read_bytes() == b"two"
+    assert copies.local(target).read_bytes() == b"two"
     assert first.read_bytes() == b"one"
     with pytest.raises(FileNotFoundError, match="missing does not exist"):
-        storage.local(f"{bucket}/missing")
+        copies.local(f"{bucket}/missing")
 
 
 def test_no_room_for_a_copy_is_said(bucket, monkeypatch):
     target = storage.path(f"{bucket}/file")
     storage.write_atomically(target, b"one")
     usage = types.SimpleNamespace(free=2)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(copies.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="RAE_CACHE"):
-        storage.local(target)
+        copies.local(target)
 
 
 def test_an_unwritable_bucket_is_named(bucket):
@@ -137,11 +137,11 @@ def test_of_a_folder_only_what_is_wanted_is_copied(bucket):
     folder = storage.path(bucket) / "run"
     for name in ("config.json", "model.npz", "checkpoints/3/state/d/array"):
         storage.write_atomically(folder / name, b"x")
-    copy = storage.local(folder, ("*.json", "*.npz"))
+    copy = copies.local(folder, ("*.json", "*.npz"))
     assert storage.files_below(copy) == ["config.json", "model.npz"]
-    assert len(storage.files_below(storage.local(folder))) == 3
+    assert len(storage.files_below(copies.local(folder))) == 3
     with pytest.raises(FileNotFoundError, match="run does not exist"):
-        storage.local(folder, ("*.pt",))
+        copies.local(folder, ("*.pt",))
 
 
 def test_folders_are_whole_where_they_cannot_be_renamed(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rae_jax import storage
+from rae_jax import copies, storage
 
 HELP = "Encode and decode images with a trained autoencoder, side by side."
 SCORES_NAME = "scores.json"
@@ -122,7 +122,7 @@ def find_images(path: Path) -> list[Path]:
     """
     from rae_jax.data import images
 
-    path = storage.local(path)
+    path = copies.local(path)
     if path.is_file():
         return [path]
     found = [

@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Callable, Sequence
 
-from rae_jax import storage
+from rae_jax import copies, storage
 from rae_jax.convert import files, sources
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(.+))?")
@@ -33,7 +33,7 @@ def locate(source: str | os.PathLike[str], *, allow: Sequence[str]) -> pathlib.P
             command that downloads it.
     """
     if storage.is_bucket(source):
-        return storage.local(source, allow)
+        return copies.local(source, allow)
     local = pathlib.Path(source).expanduser()
     if local.exists():
         return local

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rae_jax import storage
+from rae_jax import copies
 from rae_jax.convert import (
     files,
     npz_files,
@@ -167,7 +167,7 @@ def weight_file(path: Path) -> pathlib.Path:
         FileNotFoundError: There is none.
         ValueError: A folder has several files, and none has a usual name.
     """
-    path = storage.local(path)
+    path = copies.local(path)
     if not path.is_dir():
         return path
     names = sorted(entry.name for entry in path.iterdir())

@@ -65,6 +65,7 @@ class Latents:
         self.flip = self.metadata["flip"]
         variants = 1 + self.flip
         counts = {name: n * variants for name, n in self.metadata["shards"].items()}
+        self.waits = records.are_remote(folder)
         self._records = records.open_shards(folder, counts)
         self._labels = _read_labels(folder, sum(self.metadata["shards"].values()))
 

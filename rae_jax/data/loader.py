@@ -22,6 +22,8 @@ from rae_jax.data import sources, transforms
 
 Batch = dict[str, np.ndarray]
 
+_WAITING_THREADS = 8  # Of a process; each makes a batch of its own.
+
 
 def train_batches(
     source: sources.Source,
@@ -62,7 +64,7 @@ def train_batches(
     )
     # Dealing runs of rows to the processes in turn cuts global batches evenly.
     batches = examples.batch(rows)[share]
-    return Batches(batches, num_workers=num_workers, start=start)
+    return Batches(batches, num_workers=num_workers, start=start, waits=_waits(source))
 
 
 def eval_batches(
@@ -104,20 +106,34 @@ def eval_batches(
         .random_map(transform, seed=seed)
     )
     batches = examples.batch(rows)[share]
-    return Batches(batches, num_workers=num_workers)
+    return Batches(batches, num_workers=num_workers, waits=_waits(source))
 
 
 class Batches(Iterator[Batch]):
     """An iterator over batches that are prepared ahead, with a position to save.
 
     Use it in a `with` statement or call `close`, which ends its threads and workers.
+
+    Args:
+        batches: All of them, by position.
+        num_workers: See `train_batches`.
+        start: The batch to begin with.
+        waits: Whether examples come over a network, so that more of them are asked for
+            at a time than there are cores.
     """
 
-    def __init__(self, batches: grain.MapDataset, *, num_workers: int, start: int = 0):
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        *,
+        num_workers: int,
+        start: int = 0,
+        waits: bool = False,
+    ):
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}.")
         self._batches = batches
-        self._num_workers = num_workers
+        self._num_workers, self._waits = num_workers, waits
         self._running: list[grain.DatasetIterator] = []  # At most one.
         # Also at exit and when forgotten: left to themselves, workers leak.
         weakref.finalize(self, _end, self._running)
@@ -165,6 +181,7 @@ class Batches(Iterator[Batch]):
         # Whole batches are the unit of work, so that the number of threads and
         # workers cannot change their content. Pillow works outside Python's lock.
         threads = 2 if self._num_workers else min(8, os.cpu_count() or 1)
+        threads = _WAITING_THREADS if self._waits else threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         batches = self._batches[self._position :].to_iter_dataset(options)
         if self._num_workers:
@@ -217,6 +234,10 @@ def _share(
     if not len(source):
         raise ValueError("The data source is empty.")
     return batch_size // count, slice(index, None, count)
+
+
+def _waits(source: sources.Source) -> bool:
+    return getattr(source, "waits", False)
 
 
 def _read(source: sources.Source, index: int) -> dict[str, Any]:

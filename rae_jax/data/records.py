@@ -10,7 +10,7 @@ from typing import Any
 import grain
 from array_record.python import array_record_module
 
-from rae_jax import storage
+from rae_jax import copies, storage
 
 METADATA = "metadata.json"
 FORMAT = "rae_jax-images-1"
@@ -68,6 +68,11 @@ def write_shard(path: Path, packed: Iterable[bytes]) -> int:
     return count
 
 
+def are_remote(folder: Path) -> bool:
+    """Returns whether shards of a folder are read over a network; see `open_shards`."""
+    return storage.is_bucket(folder) and not os.fspath(folder).startswith("s3://")
+
+
 def open_shards(
     folder: Path, counts: Mapping[str, int]
 ) -> grain.sources.ArrayRecordDataSource:
@@ -92,8 +97,8 @@ def open_shards(
         shown = ", ".join(map(repr, missing[:5]))
         raise ValueError(f"{folder} lacks {shown}{others}; prepare it again.")
     paths = [folder / name for name in names]
-    if os.fspath(folder).startswith("s3://"):
-        paths = storage.local_files(folder, names)
+    if storage.is_bucket(folder) and not are_remote(folder):
+        paths = copies.local_files(folder, names)
     try:
         found = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
         length = len(found)

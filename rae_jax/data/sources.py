@@ -1,7 +1,8 @@
 """Random-access image collections.
 
 A source has a length, `num_classes` and `class_names`; item i is a record with
-"image" (encoded bytes or uint8 (h, w, 3)), "label" and "name".
+"image" (encoded bytes or uint8 (h, w, 3)), "label" and "name". Where `waits` is true,
+items come over a network.
 """
 
 import difflib
@@ -43,6 +44,7 @@ class ClassFolder:
 
     def __init__(self, path: str | Path):
         self.root = folders.existing(path, "<class name>/<image>.jpg")
+        self.waits = storage.is_bucket(self.root)
         found = folders.images_by_class(self.root)
         if not found:
             raise ValueError(folders.no_classes(self.root))
@@ -86,6 +88,7 @@ class FlatFolder:
 
     def __init__(self, path: str | Path):
         self.root = folders.existing(path, "<image>.jpg")
+        self.waits = storage.is_bucket(self.root)
         self._files = folders.images_in(self.root)
         if not self._files:
             raise ValueError(folders.no_images(self.root))
@@ -122,6 +125,7 @@ class ArrayRecords:
         if not names:
             raise ValueError(f"{path} names none of the {len(counts)} shards there.")
         self.class_names = tuple(metadata["class_names"])
+        self.waits = records.are_remote(folder)
         self._records = records.open_shards(folder, {n: counts[n] for n in names})
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rae_jax import storage
+from rae_jax import copies, storage
 from rae_jax.evaluation import (
     extractors,
     frechet,
@@ -314,7 +314,7 @@ def _network(path: Path, names: list[str]) -> str:
     """Returns of which network a file's statistics are."""
     if _NETWORK not in names:
         return inception_features.NAME
-    with np.load(storage.local(path), allow_pickle=False) as file:
+    with np.load(copies.local(path), allow_pickle=False) as file:
         name = file[_NETWORK]
     return str(name) if name.dtype.kind == "U" else inception_features.NAME
 
@@ -324,7 +324,7 @@ def _read_statistics(path: Path, names: list[str]) -> dict[str, frechet.Gaussian
     for feature, (mean, covariance) in _STATISTICS.items():
         if not {mean, covariance} <= set(names):
             continue
-        with np.load(storage.local(path), allow_pickle=False) as file:
+        with np.load(copies.local(path), allow_pickle=False) as file:
             count = int(file["count"]) if "count" in names else 0
             moments = [file[key].astype(np.float64) for key in (mean, covariance)]
         try:

@@ -8,7 +8,7 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from rae_jax import storage
+from rae_jax import copies, storage
 from rae_jax.data import images
 
 ARRAY = "arr_0"  # Where ADM's evaluator and `rae-jax prepare --pack` keep images.
@@ -47,7 +47,7 @@ class ArrayRows:
     """
 
     def __init__(self, path: Path, name: str = ARRAY, limit: int | None = None):
-        self.origin, self.name, self._path = str(path), name, storage.local(path)
+        self.origin, self.name, self._path = str(path), name, copies.local(path)
         names = array_names(self._path)
         if name not in names:
             raise ValueError(f"{path} has no array {name!r}, only {sorted(names)}.")
@@ -137,7 +137,7 @@ class Folder:
     """
 
     def __init__(self, path: Path, limit: int | None = None):
-        self.origin, root = str(path), storage.local(path)
+        self.origin, root = str(path), copies.local(path)
         found = (p for p in root.rglob("*") if p.suffix.lower() in images.EXTENSIONS)
         files = sorted(p for p in found if p.is_file() and p.name[0] != ".")
         if not files:
@@ -203,12 +203,12 @@ def array_names(path: Path) -> list[str]:
     Raises:
         ValueError: The file is not one.
     """
-    if not zipfile.is_zipfile(storage.local(path)):
+    if not zipfile.is_zipfile(copies.local(path)):
         raise ValueError(
             f"{path} is not a whole .npz file; expected an archive that np.savez or "
             "`rae-jax prepare --pack` wrote."
         )
-    with zipfile.ZipFile(storage.local(path)) as archive:
+    with zipfile.ZipFile(copies.local(path)) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from rae_jax import config as configs
-from rae_jax import storage
+from rae_jax import copies, storage
 from rae_jax.evaluation import pictures, streaming
 
 SETTINGS = "settings"
@@ -232,10 +232,10 @@ class Uploaded:
 
     def __init__(self, out: Path, open_here: Callable[[Path], Output]):
         digest = hashlib.sha256(str(out).encode()).hexdigest()[:20]
-        self._out, self._here = out, storage.cache() / "outputs" / digest / out.name
+        self._out, self._here = out, copies.cache() / "outputs" / digest / out.name
         self._here.parent.mkdir(parents=True, exist_ok=True)
         if not self._here.exists() and out.exists():
-            found = storage.local(out)
+            found = copies.local(out)
             copy = shutil.copytree if found.is_dir() else shutil.copyfile
             copy(found, self._here)
         self._output = open_here(self._here)

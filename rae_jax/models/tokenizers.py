@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import blas
 
-from rae_jax import config, storage
+from rae_jax import config, copies, storage
 from rae_jax.layers import patches
 
 LINEAR = ("pca", "pixels")  # Those with `components`, orthonormal and complete.
@@ -272,5 +272,5 @@ def save_components(path: Path, components: dict[str, np.ndarray]) -> None:
 
 def load_components(path: Path) -> dict[str, np.ndarray]:
     """Reads what `save_components` wrote."""
-    with np.load(storage.local(path)) as data:
+    with np.load(copies.local(path)) as data:
         return {name: data[name] for name in ("mean", "basis", "variances")}

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from rae_jax import config as configs
-from rae_jax import storage
+from rae_jax import copies
 
 _MIN_TILE = 8
 
@@ -20,7 +20,7 @@ def load(path: Path) -> np.ndarray:
         ConfigError: The file is no picture.
     """
     try:
-        with Image.open(storage.local(path)) as image:
+        with Image.open(copies.local(path)) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise configs.ConfigError(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax import storage
+from rae_jax import copies, storage
 from rae_jax.evaluation import (
     autoencoding,
     extractors,
@@ -283,7 +283,7 @@ def _latent_stats(path: Path, stats: str, config: ConfigDict, workdir: Path):
     names = set(streaming.array_names(path))
     if not {"mean", "var"} <= names:
         return None
-    with np.load(storage.local(path), allow_pickle=False) as file:
+    with np.load(copies.local(path), allow_pickle=False) as file:
         found = {name: file[name].astype(np.float32) for name in ("mean", "var")}
     expected = frozen.latent_shape(config.encoder.sizes)
     if any(x.shape != expected for x in found.values()):

@@ -218,6 +218,7 @@ class Subset:
     def __init__(self, source: sources.Source, indices: np.ndarray):
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self._source, self._chosen = source, indices
+        self.waits = getattr(source, "waits", False)
 
     def __len__(self) -> int:
         return len(self._chosen)

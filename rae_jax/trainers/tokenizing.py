@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rae_jax import config as configs
-from rae_jax import storage
+from rae_jax import copies, storage
 from rae_jax.data import loader
 from rae_jax.layers import patches
 from rae_jax.models import tokenizers
@@ -123,7 +123,7 @@ def load(workdir: Path, config: ConfigDict) -> Tokenizer:
         components = tokenizers.load_components(path)
         _check_components(path, components, block)
         return tokenizers.make_pca(components, block.latent_dim, block.norm)
-    with np.load(storage.local(path)) as file:
+    with np.load(copies.local(path)) as file:
         scale = tokenizers.latent_scale(block.norm, file["mean"], file["var"])
     if name(config) == "pixels":
         return tokenizers.make_pixels(block.patch_size, scale)
