@@ -150,6 +150,21 @@ def test_functions_are_short(path):
             assert length <= 60, f"{node.name}, line {node.lineno}: {length} lines"
 
 
+# Files of a disk whatever a user names: temporary ones, and those of packages.
+DISKS = {"storage", "copies", "data.digits", "data.photos", "data.class_names"}
+DISKS |= {"planning.process", "training.spool", "training.logs", "commands.convert"}
+DISKS |= {"commands.quickstart", "models.metrics_nets", "config"}
+DISKS |= {"convert.hub", "convert.sources", "convert.files"}  # Of what is a copy.
+
+
+@EVERY_MODULE
+def test_paths_are_made_where_buckets_are_known(module):
+    """`pathlib.Path` takes gs:// apart; `storage.path` does not."""
+    calls = [n.func for n in ast.walk(tree(MODULES[module])) if isinstance(n, ast.Call)]
+    made = [f for f in calls if ast.unparse(f) in ("Path", "pathlib.Path")]
+    assert not made or module.removeprefix("rae_jax.") in DISKS
+
+
 def text_files() -> list[Path]:
     """Sources and documents, without what a reader may keep beside them."""
     folders = ("rae_jax", "configs", "tests", "launch", "docs")

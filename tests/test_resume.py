@@ -14,7 +14,7 @@ import pytest
 import toy_run
 
 from rae_jax import config as configs
-from rae_jax import main
+from rae_jax import main, storage
 from rae_jax.training import checkpoints, interrupts, logs, loop
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,8 @@ def last_step(workdir: Path) -> int:
 
 
 def is_saving(workdir: Path) -> bool:
-    return any(checkpoints.folder(workdir).glob("*tmp*"))
+    root = checkpoints.folder(workdir)
+    return bool(checkpoints._unfinished(root)) if root.is_dir() else False
 
 
 def assert_same_run(workdir: Path, undisturbed: Path) -> None:
@@ -131,6 +132,33 @@ def test_killed_run_ends_as_if_undisturbed(trainer, undisturbed, tmp_path, kills
         output, _ = process.communicate(timeout=60)
         assert running and process.returncode == -signal.SIGKILL, output
         print(f"killed at step {last_step(workdir)}, saving: {is_saving(workdir)}")
+    status, output = trainer.finish(workdir)
+    assert status == 0, output
+    assert_same_run(workdir, undisturbed)
+    assert not is_saving(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_200)
+def test_killed_run_in_a_bucket_ends_as_if_undisturbed(trainer, undisturbed, bucket):
+    """SIGKILL at eight moments, some of them within a checkpoint write."""
+    rng, workdir = random.Random(0), storage.path(bucket) / "run"
+    interrupted = 0
+    for kill in range(8):
+        process = trainer.start(workdir)
+        target = min((checkpoints.finished_step(workdir) or 0) + 3, STEPS - 6)
+        running = wait_for(
+            process, lambda t=target: (checkpoints.finished_step(workdir) or 0) >= t
+        )
+        if kill % 2:
+            running = wait_for(process, lambda: is_saving(workdir))
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert running and process.returncode == -signal.SIGKILL, output
+        interrupted += is_saving(workdir)
+        print(f"killed at step {checkpoints.finished_step(workdir)}")
+    assert interrupted, "no kill has met a write"
     status, output = trainer.finish(workdir)
     assert status == 0, output
     assert_same_run(workdir, undisturbed)

@@ -63,7 +63,7 @@ class _Run:
     def __init__(self, workdir: Path, options: Options):
         self.options = options
         self.mesh = options.mesh or sharding.make_mesh(-1)
-        self.loaded = autoencoder.find(str(workdir), Path())
+        self.loaded = autoencoder.find(str(workdir), storage.path("."))
         self.params = sharding.place(self.loaded.params, self.mesh)
         self.data = self.loaded.config.data.copy_and_resolve_references()
         asked = options.batch_size or self.data.batch_size
