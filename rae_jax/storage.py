@@ -259,8 +259,10 @@ def _prepare(scheme: str) -> None:
         )
     import fsspec
 
-    # etils would import TensorFlow for this if it were there.
+    # etils would import TensorFlow for this if it were there, and gcsfs would ask of
+    # each bucket whether its folders can be renamed, for which many accounts may not.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # Other processes write too, so what a folder held before says nothing.
     protocol = scheme.removesuffix("://")
     for name in {protocol, "gcs"} if protocol == "gs" else {protocol}:

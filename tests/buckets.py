@@ -19,7 +19,6 @@ def variables(scheme: str, url: str) -> dict[str, str]:
             "STORAGE_EMULATOR_HOST": url,
             "TENSORSTORE_GCS_HTTP_URL": url,
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "FSSPEC_GCS_TOKEN": "anon",
         }
     return {
