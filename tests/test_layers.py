@@ -19,6 +19,7 @@ from rae_jax.layers import (
     resize,
     stack,
 )
+from rae_jax.training import flops
 
 
 def randn(*shape, seed=0):
@@ -215,12 +216,9 @@ def test_labels_are_dropped_at_the_rate():
     )
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none", "unrolled"])
-def test_stack_equals_a_loop(remat, monkeypatch):
+@pytest.mark.parametrize("remat", [*stack.REMAT_POLICIES, "none"])
+def test_stack_equals_a_loop(remat):
     """Values and gradients, also of the condition that the body closes over."""
-    if remat == "unrolled":
-        monkeypatch.setattr(stack, "UNROLLED", 4)
-        remat = "weights"
     graphdef, state = nnx.split(
         stack.Stack(Block, 4, remat=remat, rngs=nnx.Rngs(0)), nnx.Param
     )
@@ -248,6 +246,32 @@ def test_stack_equals_a_loop(remat, monkeypatch):
         for f in (looped, scanned)
     )
     jax.tree.map(check, actual(state, x, c), expected(state, x, c))
+
+
+@pytest.mark.parametrize(
+    "remat, depth, loops", [("unrolled", 4, 0), ("weights", 4, 2), ("weights", 2, 0)]
+)
+def test_a_stack_may_be_no_loop(remat, depth, loops):
+    """Then the backward pass computes no product of the forward pass again."""
+    x, c = randn(2, 5, 8), randn(2, 5, 8, seed=1)
+    model = stack.Stack(Block, depth, remat=remat, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model, nnx.Param)
+    blocks = [jax.tree.map(lambda p, i=i: p[i], model.block) for i in range(depth)]
+
+    def of_stack(state):
+        return (nnx.merge(graphdef, state)(x, c) ** 2).sum()
+
+    def of_blocks(blocks):
+        y = x
+        for block in blocks:
+            y = block(y, c)
+        return (y**2).sum()
+
+    text = jax.jit(jax.grad(of_stack)).lower(state).as_text()
+    assert text.count("stablehlo.while") == loops
+    executed = flops.count_flops(jax.grad(of_stack), state)
+    least = flops.count_flops(jax.grad(of_blocks), blocks)
+    assert executed > least if loops else executed == least
 
 
 def test_blocks_of_a_stack_differ():

@@ -215,8 +215,7 @@ def _target(args: argparse.Namespace) -> tuple[Path, bool]:
         raise ValueError("name the folder of images, SRC.")
     if (args.dst is None) == (args.pack is None):
         raise ValueError("name either a destination DST or --pack OUT.npz.")
-    target = storage.path(args.pack or args.dst)
-    target = target if storage.is_bucket(target) else target.expanduser()
+    target = storage.path(args.pack or args.dst).expanduser()
     if args.pack and target.suffix != ".npz":
         raise ValueError(f"--pack writes an .npz file, got {args.pack!r}.")
     return target, target.suffix == ".npz"

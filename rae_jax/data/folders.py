@@ -24,9 +24,7 @@ def existing(path: str | Path, expected: str) -> Path:
         ValueError: There is no such folder.
         OSError: The bucket cannot be read.
     """
-    found = storage.path(path)
-    if not storage.is_bucket(found):
-        found = found.expanduser()
+    found = storage.path(path).expanduser()
     kind = storage.kind(found)
     if kind != "folder":
         problem = "is a file" if kind else "does not exist"

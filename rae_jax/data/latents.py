@@ -51,9 +51,7 @@ class Latents:
     """
 
     def __init__(self, path: str | Path):
-        folder = storage.path(path)
-        self.folder = folder if storage.is_bucket(folder) else folder.expanduser()
-        folder = self.folder
+        self.folder = folder = storage.path(path).expanduser()
         if storage.kind(folder) != "folder":
             raise ValueError(
                 f"{path} does not exist; `rae-jax prepare --latents {path} --config "

@@ -16,10 +16,10 @@ REMAT_POLICIES = {
     "weights": _keep(partition.GATHERED),
     "attention": _keep(attention.RESULT),
     "dots": _keep(*_PRODUCTS),
+    "unrolled": _keep(partition.GATHERED, *_PRODUCTS),
 }
-# A short stack is no loop, and what it keeps is not copied into stacked arrays.
-UNROLLED = 2
-UNROLLED_POLICY = _keep(partition.GATHERED, *_PRODUCTS)
+# So short a stack is no loop either.
+SHORT = 2
 
 
 class Stack(nnx.Module):
@@ -34,9 +34,11 @@ class Stack(nnx.Module):
         depth: Number of blocks.
         remat: What the backward pass recomputes: "full" keeps only the tokens
             between blocks; "weights" also the weights that were gathered from other
-            devices and, in a stack of one or two blocks, the results of products;
-            "attention" the results of attention, "dots" those and the results of
-            the weight products, "none" everything.
+            devices; "attention" the results of attention, "dots" those and the
+            results of the weight products, "none" everything. "unrolled" keeps what
+            "weights" and "dots" keep, without a loop: compiling takes longer, but
+            nothing is copied into stacked arrays and back. In a stack of one or two
+            blocks "weights" means the same.
         rngs: Randomness of the initial values.
 
     Raises:
@@ -129,8 +131,9 @@ class Stack(nnx.Module):
     def _run(self, body: Callable, carry: Any, steps: Any) -> tuple[Any, Any]:
         if self.remat == "none":
             return jax.lax.scan(body, carry, steps)
-        if self.remat == "weights" and self.depth <= UNROLLED:
-            body = jax.checkpoint(body, policy=UNROLLED_POLICY)
+        is_short = self.remat == "weights" and self.depth <= SHORT
+        if self.remat == "unrolled" or is_short:
+            body = jax.checkpoint(body, policy=REMAT_POLICIES["unrolled"])
             return jax.lax.scan(body, carry, steps, unroll=True)
         # Inside a loop nothing can be merged with the forward pass, so the barriers
         # that prevent it would only cost time.
