@@ -45,9 +45,11 @@ def path(name: str | os.PathLike[str]) -> Path:
 
 
 def absolute(name: str | os.PathLike[str]) -> Path:
-    """Returns a path that the current folder does not matter for."""
+    """Returns a path that the current folder does not matter for, `..` resolved."""
     found = path(name)
-    return found if is_bucket(found) else found.expanduser().absolute()
+    if is_bucket(found):
+        return found
+    return Path(os.path.abspath(found.expanduser()))
 
 
 def join(folder: Path, name: str | os.PathLike[str]) -> Path:

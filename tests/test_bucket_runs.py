@@ -152,6 +152,11 @@ def test_runs_in_a_bucket_are_sampled_and_measured(runs, bucket, capsys):
     assert main.main([*words, "--out", str(folder)]) == 0
     pngs = [n for n in storage.names_in(folder)[1] if n.endswith(".png")]
     assert pngs == [f"{i:06d}.png" for i in range(4)]
+    again = [*words, "--seed", "7", "--out", str(folder)]
+    assert main.main(again) == 1
+    output = capsys.readouterr().err
+    assert f"{folder} was begun with other settings" in output
+    assert str(copies.cache()) not in output
     target = f"{bucket}/runs/latent_diffusion/network"
     words = ["convert", f"{bucket}/runs/latent_diffusion", target]
     assert main.main([*words, "--target", "rae_jax"]) == 0

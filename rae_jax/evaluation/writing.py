@@ -228,17 +228,27 @@ class Uploaded:
     Args:
         out: The address.
         open_here: Opens the output at a path of a disk.
+
+    Raises:
+        ConfigError: What is there was begun with other settings.
     """
 
     def __init__(self, out: Path, open_here: Callable[[Path], Output]):
         digest = hashlib.sha256(str(out).encode()).hexdigest()[:20]
         self._out, self._here = out, copies.cache() / "outputs" / digest / out.name
         self._here.parent.mkdir(parents=True, exist_ok=True)
-        if not self._here.exists() and out.exists():
+        is_new = not self._here.exists()
+        if is_new and out.exists():
             found = copies.local(out)
             copy = shutil.copytree if found.is_dir() else shutil.copyfile
             copy(found, self._here)
-        self._output = open_here(self._here)
+        try:
+            self._output = open_here(self._here)
+        except configs.ConfigError as error:
+            if is_new:
+                storage.remove_tree(self._here.parent)
+            text = str(error).replace(str(self._here), str(out)) if is_new else error
+            raise configs.ConfigError(text) from None
 
     def missing(self) -> np.ndarray:
         return self._output.missing()
