@@ -232,7 +232,8 @@ LARGER = [  # Weights large enough to be split.
 def planned(target, *overrides, path=CONFIG):
     """A plan of a tiny run, compiled in a process of its own."""
     pytest.importorskip("libtpu")
-    changes = [*(LARGER if path == CONFIG else ()), *overrides]
+    words = [*(LARGER if path == CONFIG else ()), *overrides]
+    changes = list({word.partition("=")[0]: word for word in words}.values())
     return process.plan(
         configs.load_config(path, changes), targets.parse(target), "train"
     )
@@ -268,6 +269,23 @@ def test_more_replicas_cost_a_chip_little():
     assert large["cycles_per_step"] < 1.1 * small["cycles_per_step"]
     moved = [found["collective_bytes_per_step"] for found in (small, large)]
     assert moved[1] < 1.25 * moved[0]
+
+
+@pytest.mark.slow
+def test_a_trunk_without_a_loop_takes_fewer_cycles():
+    """It computes nothing twice but norms and sums, and copies nothing into stacks."""
+    deep = ("--config.model.depth=(8, 2)", "--config.data.batch_size=256")
+    loop, none = (
+        planned("v5p:2x2x1", *deep, f"--config.model.remat={remat}")
+        for remat in ("weights", "unrolled")
+    )
+    ideal = none["flops_per_step"]
+    assert loop["flops_per_step"] == ideal
+    assert loop["executed_flops_per_step"] > 1.2 * ideal
+    assert none["executed_flops_per_step"] < 1.05 * ideal
+    assert none["cycles_per_step"] < 0.95 * loop["cycles_per_step"]
+    moved = [found["collective_bytes_per_step"] for found in (none, loop)]
+    assert moved[0] < 1.01 * moved[1]
 
 
 @pytest.mark.slow
