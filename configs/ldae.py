@@ -358,7 +358,7 @@ def get_config(variant: str = "vit_b") -> ConfigDict:
         class_dropout_prob=0.1,
         learn_sigma=False,
         dtype="bfloat16",
-        remat="full",
+        remat="unrolled",
     )
     c.optimizer = blocks.optimizer(
         peak_lr=8e-4,

@@ -212,7 +212,7 @@ def latent_diffusion(
         early_depth=0,  # Blocks before an early head, for internal guidance (RAEv2).
         trainable_tables=False,
         dtype="bfloat16",
-        remat="weights",
+        remat="unrolled",
     )
     c.flow = dict(time="logit_normal", shift_base=4096, early_weight=1.0)
     c.repa = dict(

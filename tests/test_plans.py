@@ -149,7 +149,7 @@ def test_a_search_goes_on_from_the_best_so_far():
     assert (best.mesh.fsdp, best.model.remat, best.data.batch_size) == (4, "dots", 8)
     # Three meshes, as fsdp = 8 is passed over, the other policies, and two batches.
     assert len(found) == 1 + 3 + len(stack.REMAT_POLICIES) + 2
-    assert config.mesh.fsdp == 1 and config.model.remat == "weights"
+    assert config.mesh.fsdp == 1 and config.model.remat == "unrolled"
 
 
 def test_a_table_has_a_column_for_every_target():

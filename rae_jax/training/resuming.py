@@ -12,6 +12,7 @@ from rae_jax.training import checkpoints, logs
 
 # Keys or blocks that do not make it another run.
 MAY_CHANGE = ("num_steps", "every", "keep", "mesh", "fsdp", "data.num_workers")
+MAY_CHANGE += ("model.remat",)
 MAY_CHANGE += ("guard.max_skips", "evaluation", "sampling", "watchdog", "row", "tier")
 
 
