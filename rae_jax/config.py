@@ -151,7 +151,7 @@ def read_config(path: Path) -> ConfigDict:
             f"{str(path)!r} does not exist: {str(path.parent)!r} is not the workdir "
             "of a run. Give the folder that was passed as --workdir."
         )
-    return ConfigDict(_tuples(json.loads(path.read_text()))).lock()
+    return ConfigDict(_tuples(json.loads(storage.read_bytes(path)))).lock()
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -169,6 +169,8 @@ def kind(name: Path) -> str:
 def read_bytes(file: Path) -> bytes:
     """Returns the content of a file; that of a bucket by a single request.
 
+    So it is the old or the new content if another process replaces the file meanwhile.
+
     Raises:
         FileNotFoundError: There is no such file.
         OSError: It cannot be read.

@@ -1,10 +1,13 @@
 """Several processes as one: found, joined, missed, and equal to a single one."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,23 +34,34 @@ def run_together(count: int, *words: str, seconds: int = 300) -> list[str]:
         "JAX_NUM_PROCESSES": str(count),
         distributed.TIMEOUT: str(seconds),
     }
-    running = [
-        subprocess.Popen(
-            [sys.executable, *words],
-            env=shared | {"JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    try:
-        found = [process.communicate(timeout=seconds)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, text in zip(running, found, strict=True):
-        assert process.returncode == 0, text
+    with contextlib.ExitStack() as stack:
+        outputs = [
+            stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)
+        ]
+        running = [
+            subprocess.Popen(
+                [sys.executable, *words],
+                env=shared | {"JAX_PROCESS_ID": str(index)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for index, output in enumerate(outputs)
+        ]
+        end = time.monotonic() + seconds
+        try:
+            codes = [None]
+            # The others would wait for one that has failed.
+            while None in codes and not any(codes) and time.monotonic() < end:
+                time.sleep(0.05)
+                codes = [process.poll() for process in running]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        found = [output.seek(0) or output.read() for output in outputs]
+    # Those that were ended because of another say nothing of the reason.
+    for code, text in sorted(zip(codes, found, strict=True), key=lambda x: not x[0]):
+        assert code == 0, text
     return found
 
 

@@ -1,6 +1,7 @@
 """Files and folders on a disk and in buckets, by the same calls."""
 
 import types
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,20 @@ def test_folders_are_whole_where_they_cannot_be_renamed(folder):
     with storage.filling(folder / "parts") as here:
         (here / "c").write_bytes(b"3")
     assert storage.files_below(folder / "parts") == ["a", "b", "c"]
+
+
+def test_a_file_may_be_replaced_while_it_is_read(folder):
+    """As the config of a run is, when several processes resume it."""
+    contents, target = (b"old", b"the new one"), folder / "config.json"
+    storage.write_atomically(target, contents[0])
+
+    def write():
+        for k in range(40):
+            storage.write_atomically(target, contents[k % 2])
+
+    with futures.ThreadPoolExecutor(1) as pool:
+        writing, found = pool.submit(write), set()
+        while not writing.done():
+            found.add(storage.read_bytes(target))
+        writing.result()
+    assert found <= set(contents)

@@ -139,7 +139,7 @@ def timed(workdir: Path, name: str, function: Any) -> None:
     try:
         function()
     finally:
-        seconds = json.loads(path.read_text()) if path.is_file() else {}
+        seconds = json.loads(storage.read_bytes(path)) if path.is_file() else {}
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
         storage.write_atomically(path, json.dumps(seconds).encode())
 
@@ -149,11 +149,11 @@ def evaluate(workdir: Path, num_samples: int) -> None:
     from rae_jax.trainers import scores
 
     recon = workdir / "rae_decoder" / "reconstructions.png"
-    picture = recon.read_bytes()
+    picture = storage.read_bytes(recon)
     storage.write_atomically(workdir / "reconstructions.png", picture)
     result = workdir / GENERATION_NAME
     if result.is_file():
-        measured = json.loads(result.read_text())["generation"]
+        measured = json.loads(storage.read_bytes(result))["generation"]
         if measured["num_samples"] == num_samples:
             return
     run_config = configs.read_config(workdir / "latent_diffusion" / "config.json")
@@ -184,10 +184,10 @@ def write_metrics(workdir: Path) -> None:
     config = configs.read_config(workdir / "latent_diffusion" / "config.json")
     devices = jax.devices()
     path = workdir / "metrics.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = json.loads(storage.read_bytes(path)) if path.is_file() else {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    metrics = json.loads((workdir / GENERATION_NAME).read_text()) | {
-        "seconds": json.loads((workdir / TIMES_NAME).read_text()),
+    metrics = json.loads(storage.read_bytes(workdir / GENERATION_NAME)) | {
+        "seconds": json.loads(storage.read_bytes(workdir / TIMES_NAME)),
         "peak_memory_gb": max(peak, before.get("peak_memory_gb", 0.0)),
         "device": f"{devices[0].device_kind} x {len(devices)}",
         "versions": {

@@ -227,7 +227,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(storage.read_bytes(file))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     return settings if isinstance(settings, dict) else {}

@@ -287,7 +287,7 @@ def read_arguments(path: Path) -> pretrained.Arguments:
     if "model_type" not in settings:
         return {}
     file = storage.path(path) / PREPROCESSOR_NAME
-    preprocessor = json.loads(file.read_text()) if file.is_file() else {}
+    preprocessor = json.loads(storage.read_bytes(file)) if file.is_file() else {}
     name, sizes = encoder_configs.sizes_from_config(settings, preprocessor)
     return {"name": name} | sizes
 

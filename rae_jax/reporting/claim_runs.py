@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: The file holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(storage.read_bytes(path))
     except ValueError as error:
         raise configs.ConfigError(
             f"{str(path)!r} is not JSON ({error}). Delete it and run the command that "

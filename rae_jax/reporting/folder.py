@@ -119,7 +119,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(storage.read_bytes(path))
     except ValueError as error:
         raise configs.ConfigError(
             f"{str(path)!r} is not JSON ({error}). Delete it and run the quickstart "

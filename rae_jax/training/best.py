@@ -89,7 +89,7 @@ class Best:
         """Returns the record of this metric, if its checkpoint is there."""
         path = self.workdir / RECORD_NAME
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(storage.read_bytes(path))
         except (OSError, ValueError):
             return None
         kept = checkpoints.finished_step(folder(self.workdir))

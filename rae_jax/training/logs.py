@@ -111,7 +111,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """Reads the scalars of a run; a line cut short by a kill is passed over."""
     path = storage.path(workdir) / METRICS_NAME
     records = []
-    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    text = storage.read_bytes(path).decode(errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         try:
             records.append(json.loads(line))
